@@ -1,0 +1,52 @@
+"""What users start: `Engine`, its configs, results and errors."""
+
+from ..quant import QuantPlan
+from ..weight_sync import UpdateReport, WeightSession, WeightSource
+from .config import EngineConfig, QuantSpec, SamplingParams
+from .engine import Engine
+from .errors import (
+    ClosedError,
+    ConfigError,
+    CoverageError,
+    ModelError,
+    NonFiniteError,
+    PoisonedError,
+    RequestError,
+    RollmillError,
+    SessionBusyError,
+    SessionClosedError,
+    ShapeError,
+    StagingMemoryError,
+    StaleVersionError,
+    TransportError,
+    UnsupportedError,
+)
+from .types import Completion, VersionSpan
+
+__all__ = [
+    "ClosedError",
+    "Completion",
+    "ConfigError",
+    "CoverageError",
+    "Engine",
+    "EngineConfig",
+    "ModelError",
+    "NonFiniteError",
+    "PoisonedError",
+    "QuantPlan",
+    "QuantSpec",
+    "RequestError",
+    "RollmillError",
+    "SamplingParams",
+    "SessionBusyError",
+    "SessionClosedError",
+    "ShapeError",
+    "StagingMemoryError",
+    "StaleVersionError",
+    "TransportError",
+    "UnsupportedError",
+    "UpdateReport",
+    "VersionSpan",
+    "WeightSession",
+    "WeightSource",
+]

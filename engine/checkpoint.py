@@ -1,0 +1,71 @@
+"""A path or hub id -> folder, config, quantization plan, tensor names, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..quant import ModelError, QuantPlan, read_quant_plan
+from ..weight_sync import SafetensorsSource
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+class Checkpoint:
+    """What a model folder says before any weight is read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = find_folder(path)
+        self.raw_config = _read_json(self.folder / "config.json")
+        self.source = SafetensorsSource(self.folder)
+        self.tensor_names = self.source.names()
+
+    @property
+    def architectures(self) -> list[str]:
+        return list(self.raw_config.get("architectures") or [])
+
+    def hf_config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.folder)
+
+    def quant_plan(self) -> QuantPlan | None:
+        return read_quant_plan(self.folder, self.raw_config, self.source.metadata())
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """End-of-sequence tokens of generation_config.json, else of config.json."""
+        path = self.folder / "generation_config.json"
+        generation = _read_json(path) if path.is_file() else {}
+        eos = generation.get("eos_token_id", self.raw_config.get("eos_token_id"))
+        return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The folder's tokenizer, or None if it has none."""
+        if not any((self.folder / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        return AutoTokenizer.from_pretrained(self.folder)
+
+
+def find_folder(path: str | Path) -> Path:
+    """A folder as it is; `organization/name` through the Hugging Face hub or its cache."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} holds no config.json; give a folder in Hugging Face layout")
+        return folder
+    if folder.is_absolute() or str(path).count("/") != 1 or folder.exists():
+        raise ModelError(f"{path} is no folder; give a folder in Hugging Face layout, or a hub id organization/name")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub client raises many types; all mean that there is no model
+        raise ModelError(f"{path} is no folder, and the hub gave no such model ({error.__class__.__name__})") from error
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path.name} is no valid JSON: {error}") from error

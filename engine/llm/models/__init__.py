@@ -1,0 +1,19 @@
+"""Model families: one file each. A family is a module with `ARCHITECTURES` and `read_config`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from ....quant import UnsupportedError
+from . import llama, mixtral, qwen3, qwen3_moe
+
+FAMILIES: tuple[ModuleType, ...] = (qwen3_moe, qwen3, mixtral, llama)
+
+
+def find_family(architectures: list[str]) -> ModuleType:
+    """The family of a config.json's `architectures`."""
+    for family in FAMILIES:
+        if set(architectures) & set(family.ARCHITECTURES):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
+    raise UnsupportedError(f"architecture {', '.join(architectures) or '(none named)'}", [f"known: {known}"])

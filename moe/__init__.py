@@ -1,0 +1,8 @@
+"""Routed experts: config, routing, runners."""
+
+from .config import MoeConfig
+from .experts import RoutedExperts
+from .routing import route
+from .runner import MOE_RUNNERS, MoeRunner, select_runner
+
+__all__ = ["MOE_RUNNERS", "MoeConfig", "MoeRunner", "RoutedExperts", "route", "select_runner"]

@@ -1,0 +1,35 @@
+"""Which experts a token goes to: the reference routers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import MoeConfig
+
+
+def route(logits: Tensor, config: MoeConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Router logits [num_tokens, num_experts] -> expert ids int64 and weights float32, both [num_tokens, top_k].
+
+    softmax: probabilities over all experts, the best `top_k` (Qwen3-MoE; with `renormalize` also Mixtral).
+    sigmoid: DeepSeek-V3, arXiv 2412.19437 eq. 12-16: `bias` [num_experts] moves the choice, never the weights.
+    """
+    logits = logits.float()
+    scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias.float()
+    if config.n_group > 1:
+        choice = _keep_best_groups(choice, config)
+    ids = choice.topk(config.top_k, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if config.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if config.scoring == "sigmoid" else 0.0))
+    return ids, weights * config.routed_scaling_factor
+
+
+def _keep_best_groups(choice: Tensor, config: MoeConfig) -> Tensor:
+    """-inf outside the `topk_group` groups whose two best experts score highest together."""
+    groups = choice.unflatten(-1, (config.n_group, -1))
+    group_scores = groups.topk(2, dim=-1).values.sum(-1)
+    best = group_scores.topk(config.topk_group, dim=-1).indices
+    keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
+    return groups.masked_fill(~keep[..., None], float("-inf")).flatten(-2)

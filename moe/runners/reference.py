@@ -1,0 +1,63 @@
+"""`reference`: one linear kernel per expert, experts in order. Exact on every device."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...quant import Capability, Scheme, WeightShape, select_kernel
+from ..config import MoeConfig
+
+
+def expert_shapes(config: MoeConfig) -> tuple[WeightShape, WeightShape]:
+    """The stacks w13 (gate over up) and w2 (down)."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    w13 = WeightShape((inner, inner), hidden, units=config.num_experts, one_scale=True)
+    return w13, WeightShape((hidden,), inner, units=config.num_experts)
+
+
+class ReferenceRunner:
+    """Gathers each expert's tokens and applies a linear kernel; sums in float32 in expert order."""
+
+    name: ClassVar[str] = "reference"
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        scheme: Scheme,
+        capability: Capability,
+        dtype: torch.dtype,
+        linear_kernel: str = "auto",
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        self.w13, self.w2 = (
+            select_kernel(scheme, shape, capability, dtype, linear_kernel)(scheme, shape, dtype)
+            for shape in expert_shapes(config)
+        )
+
+    @staticmethod
+    def unsupported(config: MoeConfig, scheme: Scheme, capability: Capability) -> str | None:
+        return None
+
+    def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        tokens_of = ids.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert
+        counts = ids.flatten().bincount(minlength=self.config.num_experts).tolist()
+        for expert, chosen in enumerate(tokens_of.split(counts)):
+            if not len(chosen):
+                continue
+            token = chosen // self.config.top_k
+            y = self._expert(x[token], _unit(w13, expert), _unit(w2, expert))
+            out.index_add_(0, token, y.float().mul_(weights.flatten()[chosen, None]))
+        return out.to(self.dtype)
+
+    def _expert(self, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+        gate, up = self.w13.apply(x, w13).chunk(2, dim=-1)
+        return self.w2.apply(F.silu(gate) * up, w2)
+
+
+def _unit(packed: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
+    return {name: tensor[expert] for name, tensor in packed.items()}

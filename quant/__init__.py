@@ -1,0 +1,48 @@
+"""What is stored, what a kernel wants, and the way between."""
+
+from .device import Capability, find_capability
+from .errors import ConfigError, ModelError, RollmillError, UnsupportedError
+from .kernel import LINEAR_KERNELS, LinearKernel, select_kernel
+from .linear import QuantLinear, plain_slot
+from .modelopt import QuantPlan, matches_any, read_quant_plan
+from .scheme import (
+    BF16,
+    FP8,
+    NVFP4,
+    Activation,
+    Plain,
+    QuantName,
+    Scheme,
+    TensorSpec,
+    WeightShape,
+    make_scheme,
+)
+from .slot import WeightSlot
+
+__all__ = [
+    "BF16",
+    "FP8",
+    "LINEAR_KERNELS",
+    "NVFP4",
+    "Activation",
+    "Capability",
+    "ConfigError",
+    "LinearKernel",
+    "ModelError",
+    "Plain",
+    "QuantLinear",
+    "QuantName",
+    "QuantPlan",
+    "RollmillError",
+    "Scheme",
+    "TensorSpec",
+    "UnsupportedError",
+    "WeightShape",
+    "WeightSlot",
+    "find_capability",
+    "make_scheme",
+    "matches_any",
+    "plain_slot",
+    "read_quant_plan",
+    "select_kernel",
+]

@@ -1,0 +1,40 @@
+"""What the machine can do, found once and passed around."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from msgspec import Struct
+
+from .errors import UnsupportedError
+
+LIBRARIES = ("flashinfer", "sgl_kernel", "triton")
+
+
+class Capability(Struct, frozen=True):
+    """One device: `sm` is 90 for Hopper, 100 for Blackwell, None for a CPU."""
+
+    device: torch.device
+    sm: int | None
+    libraries: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "cpu" if self.sm is None else f"sm{self.sm}"
+
+
+def find_capability(device: str = "auto") -> Capability:
+    """`auto` takes the GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device {device!r} was asked for, but torch sees no GPU", ["use device='cpu'"])
+    libraries = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
+    return Capability(torch.device(device), _sm(torch.device(device)), libraries)
+
+
+def _sm(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,69 @@
+"""`exact`: code x block scale packed as one exact BF16 product, global and token scales in the epilogue.
+
+The product of an E2M1 code and an E4M3 scale has six significant bits, so BF16 holds it exactly and the GEMM sees
+the very numbers of NVFP4 and FP8 arithmetic. Fast on a CPU; saves no memory (weights take BF16's room).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import numerics
+from ..device import Capability
+from ..scheme import FP8, NVFP4, Scheme, Stored, TensorSpec, WeightShape
+from .activation import quantize_activation
+
+
+class ExactKernel:
+    """Any quantized scheme on any device; float32 accumulation, results in the engine's dtype."""
+
+    name: ClassVar[str] = "exact"
+
+    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None:
+        assert isinstance(scheme, FP8 | NVFP4)
+        self.scheme, self.shape, self.dtype = scheme, shape, dtype
+
+    @staticmethod
+    def unsupported(scheme: Scheme, shape: WeightShape, capability: Capability) -> str | None:
+        return None if isinstance(scheme, FP8 | NVFP4) else "computes FP8 and NVFP4 only"
+
+    def packed(self) -> dict[str, TensorSpec]:
+        rows = TensorSpec(self.shape.dims(self.shape.num_rows), torch.float32)
+        specs = {"weight": TensorSpec(self.shape.matrix, self.dtype), "row_scale": rows}
+        if self.scheme.activation == "static":
+            specs["input_scale"] = TensorSpec(self.shape.dims(len(self.shape.rows)), torch.float32)
+        return specs
+
+    def prepare(self, matrices: Stored) -> dict[str, Tensor]:
+        if isinstance(self.scheme, FP8):
+            return {"weight": numerics.decode_fp8(matrices["weight"], self.dtype)}
+        return {"weight": numerics.nvfp4_products(matrices["weight"], matrices["weight_scale"], self.dtype)}
+
+    def derive(self, scales: Stored) -> dict[str, Tensor]:
+        packed = {"row_scale": self.scheme.row_scale(scales, self.shape).clone()}
+        if self.scheme.activation == "static":
+            packed["input_scale"] = scales["input_scale"].clone()
+        return packed
+
+    def apply(self, x: Tensor, packed: Stored) -> Tensor:
+        input_scale = packed.get("input_scale")
+        if input_scale is None or bool((input_scale == input_scale[0]).all()):
+            return self._matmul(x, packed["weight"], packed["row_scale"], input_scale)
+        parts = [self.shape.shard_slice(shard) for shard in range(len(self.shape.rows))]
+        return torch.cat(
+            [
+                self._matmul(x, packed["weight"][part], packed["row_scale"][part], input_scale[shard : shard + 1])
+                for shard, part in enumerate(parts)
+            ],
+            dim=-1,
+        )  # shards of a foreign checkpoint with unequal input scales keep them
+
+    def _matmul(self, x: Tensor, weight: Tensor, row_scale: Tensor, input_scale: Tensor | None) -> Tensor:
+        static = None if input_scale is None else input_scale[0]
+        values, scale = quantize_activation(x, self.scheme, static, self.dtype)
+        out = F.linear(values, weight).float().mul_(row_scale)
+        return (out if scale is None else out.mul_(scale)).to(self.dtype)

@@ -1,0 +1,77 @@
+"""`torch_fp8`: FP8 x FP8 through `torch._scaled_mm`, one scale a token and one a row of the weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..device import Capability
+from ..errors import UnsupportedError
+from ..layout import pad_to
+from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
+from .activation import fp8_scale
+
+TILE = 16  # _scaled_mm takes multiples of 16 in N and K
+
+
+def _ceil(size: int) -> int:
+    return -(-size // TILE) * TILE
+
+
+class TorchFP8Kernel:
+    """Codes as stored, zero-padded to [ceil(N, 16), ceil(K, 16)]; BF16 out, float32 accumulation."""
+
+    name: ClassVar[str] = "torch_fp8"
+
+    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None:
+        assert isinstance(scheme, FP8)
+        assert shape.cols is not None
+        self.scheme, self.shape, self.dtype = scheme, shape, dtype
+        self.padded = (_ceil(shape.num_rows), _ceil(shape.cols))
+
+    @staticmethod
+    def unsupported(scheme: Scheme, shape: WeightShape, capability: Capability) -> str | None:
+        if not isinstance(scheme, FP8):
+            return "computes FP8 only"
+        if capability.sm is not None and capability.sm < 89:
+            return f"FP8 tensor cores start at sm89, this is {capability}"
+        return None
+
+    def packed(self) -> dict[str, TensorSpec]:
+        weight = TensorSpec(self.shape.dims(*self.padded), torch.float8_e4m3fn)
+        specs = {"weight": weight, "row_scale": TensorSpec(self.shape.dims(1, self.padded[0]), torch.float32)}
+        if self.scheme.activation == "static":
+            specs["input_scale"] = TensorSpec(self.shape.dims(1), torch.float32)
+        return specs
+
+    def prepare(self, matrices: Stored) -> dict[str, Tensor]:
+        return {"weight": pad_to(matrices["weight"], rows=TILE, cols=TILE).clone()}
+
+    def derive(self, scales: Stored) -> dict[str, Tensor]:
+        row_scale = self.scheme.row_scale(scales, self.shape)[..., None, :]
+        packed = {"row_scale": pad_to(row_scale, cols=TILE).clone()}
+        if self.scheme.activation == "static":
+            first = scales["input_scale"][..., :1]
+            if not torch.equal(first.expand_as(scales["input_scale"]), scales["input_scale"]):
+                raise UnsupportedError(
+                    "torch_fp8 quantizes its input once, but the shards have unequal input scales",
+                    ["choose linear_kernel='exact', or activation='per_token'"],
+                )
+            packed["input_scale"] = first.clone()
+        return packed
+
+    def apply(self, x: Tensor, packed: Stored) -> Tensor:
+        x = pad_to(x, cols=TILE)
+        scale = fp8_scale(x, self.scheme.activation, packed.get("input_scale"))
+        codes = numerics.quantize_fp8_activation(x, scale)
+        out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            codes,
+            packed["weight"].t(),
+            scale_a=scale.expand(len(x), 1).contiguous(),
+            scale_b=packed["row_scale"],
+            out_dtype=torch.bfloat16,
+        )
+        return out[:, : self.shape.num_rows].to(self.dtype)

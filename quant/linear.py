@@ -1,0 +1,75 @@
+"""`QuantLinear`: one slot and one kernel; fused projections are shard lists, not subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .device import Capability
+from .kernel import select_kernel
+from .kernels.plain import PlainKernel
+from .scheme import Plain, Scheme, WeightShape
+from .slot import WeightSlot
+
+
+class QuantLinear:
+    """y = x W^T (+ bias), W = the named modules' weights stacked along rows.
+
+    x [num_tokens, in_features] -> [num_tokens, sum(rows)], in the engine's dtype.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[str],
+        rows: Sequence[int],
+        in_features: int,
+        scheme: Scheme,
+        *,
+        capability: Capability,
+        dtype: torch.dtype,
+        kernel: str = "auto",
+        bias: bool = False,
+        fused: str | None = None,
+    ) -> None:
+        shape = WeightShape(tuple(rows), in_features)
+        self.kernel = select_kernel(scheme, shape, capability, dtype, kernel)(scheme, shape, dtype)
+        name, joined = fused or modules[0], () if fused is None else (fused,)
+        self.slot = WeightSlot(name, [modules], scheme, shape, self.kernel, device=capability.device, fused=joined)
+        self.bias = (
+            plain_slot(modules, rows, None, Plain(tensor="bias"), capability, dtype, fused=joined) if bias else None
+        )
+
+    @property
+    def slots(self) -> list[WeightSlot]:
+        return [self.slot] if self.bias is None else [self.slot, self.bias]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.kernel.apply(x, self.slot.tensors)
+        return out if self.bias is None else out + self.bias.tensors["bias"]
+
+
+def plain_slot(
+    modules: Sequence[str],
+    rows: Sequence[int],
+    cols: int | None,
+    scheme: Plain,
+    capability: Capability,
+    dtype: torch.dtype,
+    *,
+    fused: Sequence[str] = (),
+    kept: bool = False,
+) -> WeightSlot:
+    """A slot for a tensor that is never quantized: norm, embedding, router, bias, KV scale."""
+    shape = WeightShape(tuple(rows), cols)
+    return WeightSlot(
+        fused[0] if fused else modules[0],
+        [modules],
+        scheme,
+        shape,
+        PlainKernel(scheme, shape, dtype),
+        device=capability.device,
+        fused=fused,
+        kept=frozenset({scheme.tensor}) if kept else frozenset(),
+    )

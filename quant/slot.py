@@ -1,0 +1,80 @@
+"""`WeightSlot`: where one weight lives. What must arrive, fixed packed storage, prepare, derive, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .scheme import Scheme, Stored, TensorSpec, WeightShape
+
+
+class Packer(Protocol):
+    """The part of a kernel that a slot needs: pure functions from stored to packed."""
+
+    def packed(self) -> dict[str, TensorSpec]: ...
+    def prepare(self, matrices: Stored) -> dict[str, Tensor]: ...
+    def derive(self, scales: Stored) -> dict[str, Tensor]: ...
+
+
+class WeightSlot:
+    """One weight (linear: shards fused along rows; experts: a stack of units) in packed storage that never moves.
+
+    `modules[unit][shard]` are the checkpoint's module names; `fused` is the module under which a trainer may send
+    all shards joined along rows (and all units stacked). Only a weight session writes a slot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[Sequence[str]],
+        scheme: Scheme,
+        shape: WeightShape,
+        packer: Packer,
+        *,
+        device: torch.device,
+        fused: Sequence[str] = (),
+        kept: frozenset[str] = frozenset({"input_scale"}),
+    ) -> None:
+        self.name, self.modules, self.fused = name, tuple(map(tuple, modules)), tuple(fused)
+        self.scheme, self.shape, self.packer, self.kept = scheme, shape, packer, kept
+        self.matrices, self.scale_specs = scheme.matrices(shape), scheme.scales(shape)
+        self.tensors = {key: empty(spec, device) for key, spec in packer.packed().items()}
+        self.scales = {key: empty(spec, device) for key, spec in self.scale_specs.items()}
+        self.digests: dict[str, int] = {}
+        assert len(self.modules) == shape.num_units
+        assert all(len(unit) == len(shape.rows) for unit in self.modules)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a session has committed this slot."""
+        return bool(self.digests)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def unit_shape(self) -> WeightShape:
+        """The shape of one unit of the stack."""
+        return WeightShape(self.shape.rows, self.shape.cols, one_scale=self.shape.one_scale)
+
+    def place(self, target: Mapping[str, Tensor], unit: int, packed: Mapping[str, Tensor]) -> None:
+        """Write one unit's packed tensors into `target`, which has this slot's packed specs."""
+        for key, value in packed.items():
+            (target[key] if self.shape.units is None else target[key][unit]).copy_(value)
+
+    def commit(self, packed: Mapping[str, Tensor], scales: Mapping[str, Tensor], digests: Mapping[str, int]) -> None:
+        """Copy staged tensors onto the served ones: addresses stay, so CUDA graphs stay valid."""
+        for key, value in packed.items():
+            if value is not self.tensors[key]:
+                self.tensors[key].copy_(value)
+        for key, value in scales.items():
+            self.scales[key].copy_(value)
+        self.digests = dict(digests)
+
+
+def empty(spec: TensorSpec, device: torch.device) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device)

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests: ModelOpt's exported folders, tiny seeded models, weights as trainers hold them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+
+DATA = Path(__file__).parent / "data"
+LLM = DATA / "llm"
+
+
+@pytest.fixture(scope="session")
+def modelopt_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`modelopt_folder("qwen3", "fp8")`: an exported checkpoint folder; see tests/data/llm/README.md."""
+    root = tmp_path_factory.mktemp("modelopt")
+
+    def make(model: str, export: str) -> Path:
+        source, folder = LLM / model / export, root / model / export
+        if not folder.exists():
+            shutil.copytree(source, folder)
+            if not (source / "model.safetensors").exists():
+                tensors = load_file(LLM / model / f"{export}_kvfp8" / "model.safetensors")
+                kept = {k: v for k, v in tensors.items() if not k.endswith(("k_scale", "v_scale"))}
+                save_file(kept, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bf16_weights() -> Callable[[str], dict[str, torch.Tensor]]:
+    """The BF16 tensors of `qwen3` or `qwen3_moe`, by checkpoint name."""
+    return lambda model: load_file(LLM / model / "bf16" / "model.safetensors")

@@ -1,0 +1,42 @@
+"""From anywhere into slots: sources, the plan, the session, digests."""
+
+from .errors import (
+    CoverageError,
+    NonFiniteError,
+    PoisonedError,
+    SessionBusyError,
+    SessionClosedError,
+    ShapeError,
+    StagingMemoryError,
+    StaleVersionError,
+    TransportError,
+)
+from .messages import UpdateReport
+from .plan import SyncPlan, Target
+from .policy import Policy
+from .session import SwapMode, WeightSession
+from .source import WeightSource, open_source
+from .sources.safetensors_files import SafetensorsSource
+from .sources.tensors import TensorSource
+
+__all__ = [
+    "CoverageError",
+    "NonFiniteError",
+    "Policy",
+    "PoisonedError",
+    "SafetensorsSource",
+    "SessionBusyError",
+    "SessionClosedError",
+    "ShapeError",
+    "StagingMemoryError",
+    "StaleVersionError",
+    "SwapMode",
+    "SyncPlan",
+    "Target",
+    "TensorSource",
+    "TransportError",
+    "UpdateReport",
+    "WeightSession",
+    "WeightSource",
+    "open_source",
+]

@@ -1,0 +1,65 @@
+"""Digests of stored values: equal however the tensors came (order, buckets, split or joined), on CPU and GPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+WORDS = 2048  # int64 words a row of the first pass
+
+
+def _mix(index: Tensor) -> Tensor:
+    """splitmix64 of an int64 index, made odd: a multiplier a position (arithmetic wraps at 64 bits)."""
+    x = index * -7046029254386353131
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    return (x ^ (x >> 27)) | 1
+
+
+@cache
+def _word_multipliers(device: torch.device) -> Tensor:
+    return _mix(torch.arange(1, WORDS + 1, device=device))
+
+
+def tensor_digest(value: Tensor) -> int:
+    """64-bit multilinear hash of a tensor's bytes: sum over rows of m_j * (sum over words of m_i * word_ji)."""
+    raw = value.detach().contiguous().view(-1).view(torch.uint8)
+    whole = raw.numel() // (WORDS * 8) * (WORDS * 8)
+    total = _rows_digest(raw[:whole], 1) if whole else 0
+    if whole < raw.numel():
+        tail = torch.zeros(WORDS * 8, dtype=torch.uint8, device=raw.device)
+        tail[: raw.numel() - whole] = raw[whole:]
+        total += _rows_digest(tail, whole // (WORDS * 8) + 1)
+    return (total + raw.numel() * 0x9E3779B97F4A7C15) & MASK
+
+
+def _rows_digest(raw: Tensor, first_row: int) -> int:
+    if raw.data_ptr() % 8:
+        raw = raw.clone()
+    total, rows, step = 0, raw.view(torch.int64).view(-1, WORDS), 64
+    if raw.device.type != "cpu":
+        step = len(rows)
+    for start in range(0, len(rows), step):  # small steps keep the products in a CPU's cache
+        sums = (rows[start : start + step] * _word_multipliers(raw.device)).sum(1)
+        index = torch.arange(first_row + start, first_row + start + len(sums), device=raw.device)
+        total += int((sums * _mix(index)).sum())
+    return total
+
+
+def combine_units(unit_digests: Mapping[int, int]) -> int:
+    """One digest for a stack, whatever order its units came in."""
+    return sum(digest * _odd(unit) for unit, digest in unit_digests.items()) & MASK
+
+
+def _odd(unit: int) -> int:
+    return ((unit + 1) * 0x9E3779B97F4A7C15 & MASK) | 1
+
+
+def weights_digest(entries: Iterable[tuple[str, str, int]]) -> str:
+    """SHA-256 over (slot, stored tensor, digest) in name order: what `engine.digest()` returns."""
+    lines = sorted(f"{slot} {tensor} {digest:016x}" for slot, tensor, digest in entries)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""`SyncPlan`: the trainer's or checkpoint's name -> slot, unit, shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from ..quant import WeightSlot, matches_any
+
+SCALE_NAMES = ("weight_scale", "weight_scale_2", "input_scale")
+
+
+class Target(Struct, frozen=True):
+    """Where one tensor goes. `unit` or `shard` None: it holds all units stacked, or all shards joined."""
+
+    slot: WeightSlot
+    tensor: str
+    unit: int | None
+    shard: int | None
+
+
+class SyncPlan:
+    """All slots of an engine, and the names that lead to them.
+
+    `renames`: (from, to) substrings applied to incoming names, for trainers that name modules otherwise.
+    `ignored`: pattern over whole names -> why such tensors are not needed.
+    `tied`: name -> name of the tensor that it must equal.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[WeightSlot],
+        *,
+        renames: Sequence[tuple[str, str]] = (),
+        ignored: Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        self.slots = tuple(slots)
+        self.renames, self.ignored, self.tied = tuple(renames), dict(ignored or {}), dict(tied or {})
+        self._targets: dict[str, Target] = {}
+        for slot in self.slots:
+            self._add(slot)
+
+    def _add(self, slot: WeightSlot) -> None:
+        tensor = next(iter(slot.matrices))
+        for unit, modules in enumerate(slot.modules):
+            for shard, module in enumerate(modules):
+                self._targets[f"{module}.{tensor}"] = Target(slot, tensor, unit, shard)
+        for module in slot.fused:  # transformers names stacked experts without `.weight`
+            name = f"{module}.{tensor}" if slot.shape.units is None else module
+            self._targets[name] = Target(slot, tensor, None, None)
+
+    def resolve(self, name: str) -> Target | None:
+        """The target of an incoming tensor, or None for an unknown name."""
+        for old, new in self.renames:
+            name = name.replace(old, new)
+        name = self.tied.get(name, name)
+        module, _, suffix = name.rpartition(".")
+        if suffix not in SCALE_NAMES:
+            return self._targets.get(name)
+        found = self._targets.get(f"{module}.weight")
+        return None if found is None else Target(found.slot, suffix, found.unit, found.shard)
+
+    def why_ignored(self, name: str) -> str | None:
+        """The reason for which a tensor of this name is not needed, or None."""
+        return next((why for pattern, why in self.ignored.items() if matches_any(name, (pattern,))), None)

@@ -1,0 +1,250 @@
+"""`WeightSession`: one swap. Receives tensors, keeps the ledger, commits all or nothing; the only writer of slots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from torch import Tensor
+
+from ..quant import ModelError, Plain, WeightSlot
+from .clock import Clock
+from .digest import tensor_digest, weights_digest
+from .errors import (
+    CoverageError,
+    SessionClosedError,
+    ShapeError,
+    StagingMemoryError,
+    StaleVersionError,
+)
+from .messages import UpdateReport
+from .plan import Target
+from .staging import SlotStaging, check_finite
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+SwapMode = Literal["staged", "streamed"]
+
+
+class WeightSession:
+    """One swap to `version`; use it as a context manager: a clean end commits, an exception aborts.
+
+    staged: packed tensors are built beside the served ones, which change at `commit` only.
+    streamed: complete units overwrite the served ones; until `commit` the policy is poisoned.
+    """
+
+    def __init__(self, policy: Policy, version: str, mode: SwapMode, *, full: bool) -> None:
+        self.policy, self.version, self.mode, self.full = policy, version, mode, full
+        self.report: UpdateReport | None = None
+        self.clock = Clock()
+        self._same_version = version == policy.version
+        self._open = True
+        self._staging: dict[WeightSlot, SlotStaging] = {}
+        self._unexpected: list[str] = []
+        self._duplicate: list[str] = []
+        self._ignored: dict[str, int] = {}
+        self._tied: dict[str, int] = {}
+        self._tensors = self._bytes_in = 0
+        self._paused_since: float | None = None
+
+    # receiving
+
+    def load(self, bucket: Iterable[tuple[str, Tensor]]) -> None:
+        """Take (name, tensor) pairs, any names in any order; copied before this returns.
+
+        On an error the session is aborted. Unknown and doubled names are collected and reported by `commit`.
+        """
+        self._check_open()
+        try:
+            with self.clock("receive"):
+                for name, value in bucket:
+                    self._receive(name, value)
+        except BaseException:
+            self.abort()
+            raise
+
+    @torch.no_grad()
+    def _receive(self, name: str, value: Tensor) -> None:
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ShapeError(f"a bucket holds (name, tensor) pairs, got ({name!r:.80}, {type(value).__name__})")
+        self._tensors += 1
+        self._bytes_in += value.nbytes
+        why = self.policy.plan.why_ignored(name)
+        if why is not None:
+            self._ignored[why] = self._ignored.get(why, 0) + 1
+            return
+        target = self.policy.plan.resolve(name)
+        if target is None:
+            self._unexpected.append(name)
+        elif name in self.policy.plan.tied:
+            check_finite(name, value)
+            self._tied[name] = tensor_digest(value.to(torch.bfloat16))
+        elif target.tensor == "input_scale" and "input_scale" not in target.slot.scales:
+            why = "activations are not quantized with static scales"
+            self._ignored[why] = self._ignored.get(why, 0) + 1
+        else:
+            self._stage(name, target, value)
+
+    def _stage(self, name: str, target: Target, value: Tensor) -> None:
+        with self._naming_memory_errors(name):
+            staging = self._staging_of(target.slot)
+            for unit, shard, part in split(name, target, value):
+                if not staging.receive(name, target.tensor, unit, shard, part):
+                    self._duplicate.append(name)
+                    return
+
+    def _staging_of(self, slot: WeightSlot) -> SlotStaging:
+        if slot not in self._staging:
+            streamed = self.mode == "streamed"
+            dry = streamed and self._same_version  # an equal version must hold equal bytes: look before writing
+            if streamed and not dry and self._paused_since is None:
+                self._paused_since = time.perf_counter()
+                self.policy.poisoned = f"a streamed swap to version {self.version!r} has not finished"
+            self._staging[slot] = SlotStaging(slot, self.clock, live=streamed and not dry, dry=dry)
+        return self._staging[slot]
+
+    @contextmanager
+    def _naming_memory_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise StagingMemoryError(f"memory ran out while staging {name}: {error}") from error
+        except RuntimeError as error:  # torch's CPU allocator has no type of its own
+            if "allocate memory" not in str(error):
+                raise
+            raise StagingMemoryError(f"memory ran out while staging {name}: {error}") from error
+
+    # ending
+
+    def commit(self) -> UpdateReport:
+        """Check the ledger and flip to the new version, or raise, abort and leave what was served before."""
+        self._check_open()
+        try:
+            self._check_ledger()
+            with self._naming_memory_errors("(deriving scales)"):
+                for staging in self._staging.values():
+                    staging.seal()
+            unchanged = self._check_version(self._new_digest())
+        except BaseException:
+            self.abort()
+            raise
+        if not unchanged:
+            self._flip()
+        self.report = self._make_report("unchanged" if unchanged else "committed")
+        self._close()
+        return self.report
+
+    def abort(self) -> None:
+        """Drop what was staged. After streamed writes the policy stays poisoned."""
+        if self._open and self._paused_since is not None:
+            self.policy.poisoned = f"a streamed swap to version {self.version!r} failed half-way"
+            self.policy.version = None
+        self._close()
+
+    def _flip(self) -> None:
+        start = time.perf_counter()
+        with self.clock("commit"):
+            for slot, staging in self._staging.items():
+                slot.commit(staging.packed, staging.scales, staging.digests())
+            self.policy.version, self.policy.poisoned = self.version, None
+        self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
+
+    def _check_ledger(self) -> None:
+        missing = [name for staging in self._staging.values() for name in staging.missing()]
+        if self.full or self.policy.poisoned is not None:
+            untouched = (slot for slot in self.policy.plan.slots if slot not in self._staging)
+            missing += [name for slot in untouched for name in names_of(slot)]
+        if missing or self._unexpected or self._duplicate:
+            raise CoverageError(missing, self._unexpected, self._duplicate)
+        for name, digest in self._tied.items():
+            target = self.policy.plan.resolve(name)
+            assert target is not None
+            staging = self._staging.get(target.slot)
+            served = target.slot.digests if staging is None else staging.digests()
+            if served[target.tensor] != digest:
+                raise ModelError(f"{name} is tied to {self.policy.plan.tied[name]}, but the two differ")
+
+    def _check_version(self, digest: str) -> bool:
+        """True if the very same weights are being served under this version already."""
+        if not self._same_version:
+            return False
+        if digest != self.policy.digest():
+            raise StaleVersionError(
+                f"version {self.version!r} is being served already, with other weights; send a new version"
+            )
+        return True
+
+    def _new_digest(self) -> str:
+        return weights_digest(
+            (slot.name, tensor, digest)
+            for slot in self.policy.plan.slots
+            for tensor, digest in (self._staging[slot].digests() if slot in self._staging else slot.digests).items()
+        )
+
+    def _make_report(self, status: Literal["committed", "unchanged"]) -> UpdateReport:
+        return UpdateReport(
+            version=self.version,
+            status=status,
+            tensors=self._tensors,
+            bytes_in=self._bytes_in,
+            layers=len(self._staging),
+            coverage=len(self._staging) / max(1, len(self.policy.plan.slots)),
+            seconds=self.clock.seconds,
+            digest=self.policy.digest(),
+            warnings=tuple(f"{count} tensors ignored: {why}" for why, count in self._ignored.items()),
+        )
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise SessionClosedError(f"the session for version {self.version!r} has ended; begin a new one")
+        if self.policy.closed:
+            raise SessionClosedError("the engine has been closed")
+
+    def _close(self) -> None:
+        self._open = False
+        self._staging = {}
+        if self.policy.session is self:
+            self.policy.session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abort()
+        elif self._open:
+            self.commit()
+
+
+def names_of(slot: WeightSlot) -> list[str]:
+    """Every name that a full session must bring for an untouched slot."""
+    if slot.loaded and isinstance(slot.scheme, Plain) and slot.scheme.tensor in slot.kept:
+        return []
+    return SlotStaging(slot, Clock(), dry=True).missing()
+
+
+def split(name: str, target: Target, value: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(unit, shard, part) of a tensor that may hold all units stacked and all shards joined along rows."""
+    slot = target.slot
+    if target.unit is not None and target.shard is not None:
+        yield target.unit, target.shard, value
+        return
+    stacked = slot.shape.units is not None
+    if stacked and (value.ndim == 0 or value.shape[0] != slot.shape.units):
+        raise ShapeError(f"{name}: expected {slot.shape.units} experts stacked, got {list(value.shape)}")
+    for unit, part in enumerate(value if stacked else (value,)):
+        for shard, rows in enumerate(slot.shape.rows):
+            yield unit, shard, part if part.numel() == 1 else _rows(name, slot, part, shard, rows)
+
+
+def _rows(name: str, slot: WeightSlot, part: Tensor, shard: int, rows: int) -> Tensor:
+    if part.shape[0] != slot.shape.num_rows:
+        raise ShapeError(f"{name}: expected {slot.shape.num_rows} rows, got {list(part.shape)}")
+    return part.narrow(0, slot.shape.shard_slice(shard).start, rows)

@@ -1,0 +1,55 @@
+"""`WeightSource`: anything that yields (name, tensor), in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor
+
+from ..quant import ConfigError, RollmillError
+from .errors import TransportError
+from .sources.safetensors_files import SafetensorsSource
+from .sources.tensors import TensorSource
+
+if TYPE_CHECKING:
+    from .session import WeightSession
+
+
+class WeightSource(Protocol):
+    """A tensor need be valid only until the next one is asked for: a session copies it."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def open_source(source: object) -> WeightSource:
+    """A dict, an iterable of (name, tensor), a safetensors folder or file, or a ready source."""
+    if isinstance(source, str | Path):
+        return SafetensorsSource(Path(source))
+    if isinstance(source, Mapping):
+        return TensorSource(cast(Mapping[str, Tensor], source).items())
+    if isinstance(source, Iterable):
+        return cast(WeightSource, source)
+    raise ConfigError(
+        f"cannot take weights from {type(source).__name__}: give a dict of tensors, an iterator of (name, tensor), "
+        "or the path of a safetensors folder"
+    )
+
+
+def receive(session: WeightSession, source: WeightSource) -> None:
+    """Feed a session, one tensor at a time; whatever the source raises becomes a `TransportError`."""
+    last = "none"
+    iterator = iter(source)
+    while True:
+        try:
+            with session.clock("receive"):
+                pair = next(iterator, None)
+        except RollmillError:
+            raise
+        except Exception as error:  # a foreign iterator may raise anything
+            raise TransportError(f"the source failed; last tensor received: {last} ({error!r})") from error
+        if pair is None:
+            return
+        session.load([pair])
+        last = pair[0]
