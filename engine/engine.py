@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..quant import UnsupportedError, find_capability
-from ..weight_sync import Policy, SyncPlan, UpdateReport, WeightSession, WeightSource
+from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession
 from .checkpoint import Checkpoint
 from .config import EngineConfig, SamplingParams
 from .env import read_toggles
@@ -102,11 +102,7 @@ class Engine:
         """The policy version being served; None after a streamed swap has failed."""
         return self._policy.version
 
-    def update_weights(
-        self,
-        source: WeightSource | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | str | Path,
-        version: str | None = None,
-    ) -> UpdateReport:
+    def update_weights(self, source: Source, version: str | None = None) -> UpdateReport:
         """Swap in the weights of a dict, an iterator of (name, tensor) or a safetensors folder; all or nothing."""
         self._check_open()
         return self._policy.update(source, version)
@@ -116,9 +112,12 @@ class Engine:
         self._check_open()
         return self._policy.begin(version)
 
-    def digest(self) -> str:
-        """SHA-256 hex over all stored values (weights and scales), the same for every kernel."""
-        return self._policy.digest()
+    def digest(self, source: Source | None = None) -> str:
+        """SHA-256 hex over all stored values being served (weights and scales), the same for every kernel.
+
+        With `source`: the digest that a swap to it would give, for a trainer that wants to know before or after.
+        """
+        return self._policy.digest() if source is None else self._policy.digest_of(source)
 
     # life
 

@@ -15,12 +15,15 @@ from .messages import UpdateReport
 from .plan import SyncPlan, Target
 from .policy import Policy
 from .session import SwapMode, WeightSession
-from .source import WeightSource, open_source
+from .source import Source, WeightSource, open_source
+from .sources.flat_bucket import FlatBucketSource, FlatEntry
 from .sources.safetensors_files import SafetensorsSource
 from .sources.tensors import TensorSource
 
 __all__ = [
     "CoverageError",
+    "FlatBucketSource",
+    "FlatEntry",
     "NonFiniteError",
     "Policy",
     "PoisonedError",
@@ -28,6 +31,7 @@ __all__ = [
     "SessionBusyError",
     "SessionClosedError",
     "ShapeError",
+    "Source",
     "StagingMemoryError",
     "StaleVersionError",
     "SwapMode",

@@ -51,12 +51,12 @@ def _rows_digest(raw: Tensor, first_row: int) -> int:
 
 
 def combine_units(unit_digests: Mapping[int, int]) -> int:
-    """One digest for a stack, whatever order its units came in."""
+    """One digest for a stack, whatever order its units came in; that of unit 0 if there is no other."""
     return sum(digest * _odd(unit) for unit, digest in unit_digests.items()) & MASK
 
 
 def _odd(unit: int) -> int:
-    return ((unit + 1) * 0x9E3779B97F4A7C15 & MASK) | 1
+    return (unit * 0x9E3779B97F4A7C15 & MASK) | 1
 
 
 def weights_digest(entries: Iterable[tuple[str, str, int]]) -> str:

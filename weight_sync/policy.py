@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-
-from torch import Tensor
-
 from .digest import weights_digest
 from .errors import PoisonedError, SessionBusyError
 from .messages import UpdateReport
 from .plan import SyncPlan
-from .session import SwapMode, WeightSession
-from .source import WeightSource, open_source, receive
+from .session import SessionMode, SwapMode, WeightSession
+from .source import Source, open_source, receive
 
 
 class Policy:
@@ -34,10 +29,17 @@ class Policy:
         """Open a session. `full` demands every slot; the first load and the cure of a poisoned policy do, too."""
         if self.session is not None:
             raise SessionBusyError(f"a session for version {self.session.version!r} is open; commit or abort it")
-        first = self.version is None
-        mode: SwapMode = "streamed" if first else self.mode  # nothing is served yet: no copy to keep
-        self.session = WeightSession(self, version or self._next_version(), mode, full=full or first)
+        version = version or self._next_version()
+        full = full or self.version is None
+        self.session = WeightSession(self, version, self._mode_for(version), full=full)
         return self.session
+
+    def _mode_for(self, version: str) -> SessionMode:
+        if self.version is None:
+            return "streamed"  # nothing is served: no copy to keep
+        if version == self.version and self.mode == "streamed":
+            return "dry"  # an equal version must hold equal bytes: look, do not write
+        return self.mode
 
     def update(
         self,
@@ -49,6 +51,13 @@ class Policy:
             receive(session, open_source(source))
         assert session.report is not None
         return session.report
+
+    def digest_of(self, source: Source) -> str:
+        """The digest that the policy would have after a swap to `source`: what a trainer compares with `digest()`."""
+        session = WeightSession(self, "(dry run)", "dry", full=False)
+        receive(session, open_source(source))
+        session.check_ledger()
+        return session.new_digest()
 
     def check_servable(self) -> None:
         """Raise `PoisonedError` unless one complete version is in place."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 SwapMode = Literal["staged", "streamed"]
+SessionMode = Literal["staged", "streamed", "dry"]
 
 
 class WeightSession:
@@ -36,9 +37,10 @@ class WeightSession:
 
     staged: packed tensors are built beside the served ones, which change at `commit` only.
     streamed: complete units overwrite the served ones; until `commit` the policy is poisoned.
+    dry: nothing is kept or written but digests; `commit` tells whether the served weights are the same.
     """
 
-    def __init__(self, policy: Policy, version: str, mode: SwapMode, *, full: bool) -> None:
+    def __init__(self, policy: Policy, version: str, mode: SessionMode, *, full: bool) -> None:
         self.policy, self.version, self.mode, self.full = policy, version, mode, full
         self.report: UpdateReport | None = None
         self.clock = Clock()
@@ -101,11 +103,10 @@ class WeightSession:
     def _staging_of(self, slot: WeightSlot) -> SlotStaging:
         if slot not in self._staging:
             streamed = self.mode == "streamed"
-            dry = streamed and self._same_version  # an equal version must hold equal bytes: look before writing
-            if streamed and not dry and self._paused_since is None:
+            if streamed and self._paused_since is None:
                 self._paused_since = time.perf_counter()
                 self.policy.poisoned = f"a streamed swap to version {self.version!r} has not finished"
-            self._staging[slot] = SlotStaging(slot, self.clock, live=streamed and not dry, dry=dry)
+            self._staging[slot] = SlotStaging(slot, self.clock, live=streamed, dry=self.mode == "dry")
         return self._staging[slot]
 
     @contextmanager
@@ -125,11 +126,11 @@ class WeightSession:
         """Check the ledger and flip to the new version, or raise, abort and leave what was served before."""
         self._check_open()
         try:
-            self._check_ledger()
+            self.check_ledger()
             with self._naming_memory_errors("(deriving scales)"):
                 for staging in self._staging.values():
                     staging.seal()
-            unchanged = self._check_version(self._new_digest())
+            unchanged = self._check_version(self.new_digest())
         except BaseException:
             self.abort()
             raise
@@ -154,7 +155,8 @@ class WeightSession:
             self.policy.version, self.policy.poisoned = self.version, None
         self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
 
-    def _check_ledger(self) -> None:
+    def check_ledger(self) -> None:
+        """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
         missing = [name for staging in self._staging.values() for name in staging.missing()]
         if self.full or self.policy.poisoned is not None:
             untouched = (slot for slot in self.policy.plan.slots if slot not in self._staging)
@@ -179,7 +181,8 @@ class WeightSession:
             )
         return True
 
-    def _new_digest(self) -> str:
+    def new_digest(self) -> str:
+        """The digest that the policy has once this session is committed."""
         return weights_digest(
             (slot.name, tensor, digest)
             for slot in self.policy.plan.slots

@@ -23,7 +23,10 @@ class WeightSource(Protocol):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
-def open_source(source: object) -> WeightSource:
+Source = WeightSource | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | str | Path
+
+
+def open_source(source: Source) -> WeightSource:
     """A dict, an iterable of (name, tensor), a safetensors folder or file, or a ready source."""
     if isinstance(source, str | Path):
         return SafetensorsSource(Path(source))

@@ -60,9 +60,8 @@ class SlotStaging:
         else:
             self._matrix_or_scale(name, tensor, unit, shard, value)
         self.received.add((unit, shard, tensor))
-        pending = self.pending.get(unit)
-        if pending is not None and not any(self._missing_of(unit, pending.form)):
-            self._finish(unit, self.pending.pop(unit))
+        if unit in self.pending and not any(self._missing_of(unit, self.pending[unit].form)):
+            self._finish(unit)
         return True
 
     def _input_scale(self, name: str, unit: int, shard: int, value: Tensor) -> None:
@@ -116,9 +115,9 @@ class SlotStaging:
 
     # finishing
 
-    def _finish(self, unit: int, pending: PendingUnit) -> None:
+    def _finish(self, unit: int) -> None:
         with self.clock("quantize"):
-            stored = self._stored(pending)
+            stored = self._stored(self.pending.pop(unit))  # what arrived is freed before it is packed
             matrices = {key: stored[key] for key in self.slot.matrices}
             for key in stored:
                 self._digests.setdefault(key, {})[unit] = tensor_digest(stored[key])

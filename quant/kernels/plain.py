@@ -31,7 +31,7 @@ class PlainKernel:
         return {self.tensor: TensorSpec(self.shape.matrix, self.dtype)}
 
     def prepare(self, matrices: Stored) -> dict[str, Tensor]:
-        return {self.tensor: matrices[self.tensor].to(self.dtype, copy=True)}
+        return {self.tensor: matrices[self.tensor].to(self.dtype)}
 
     def derive(self, scales: Stored) -> dict[str, Tensor]:
         return {}
