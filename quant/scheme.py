@@ -145,7 +145,7 @@ class FP8(Struct, frozen=True):
 
     def quantize(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
         if self.per_channel:
-            scale = numerics.decode_scale(row_amax(weight), numerics.E4M3_MAX)
+            scale = numerics.decode_scale(row_amax(weight).float(), numerics.E4M3_MAX)
             return {"weight": numerics.quantize_fp8(weight, scale), "weight_scale": scale}
         scale = shard_scale(row_amax(weight), shape, numerics.E4M3_MAX, shared=shape.one_scale)
         codes = numerics.quantize_fp8(weight, shape.per_row(scale), bf16_quotient=True)

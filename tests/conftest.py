@@ -35,6 +35,12 @@ def modelopt_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
 
 
 @pytest.fixture(scope="session")
+def expected_logits() -> Callable[[str, str], dict[str, torch.Tensor]]:
+    """`input_ids` [3, 48] and `logits` [3, 48, 512] of an export."""
+    return lambda model, export: load_file(LLM / model / f"{export}_expected.safetensors")
+
+
+@pytest.fixture(scope="session")
 def bf16_weights() -> Callable[[str], dict[str, torch.Tensor]]:
     """The BF16 tensors of `qwen3` or `qwen3_moe`, by checkpoint name."""
     return lambda model: load_file(LLM / model / "bf16" / "model.safetensors")

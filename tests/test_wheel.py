@@ -17,9 +17,7 @@ def copy_sources(destination: Path) -> Path:
         if file.is_file():
             shutil.copy(file, destination)
     for folder in FOLDERS:
-        shutil.copytree(
-            ROOT / folder, destination / folder, ignore=shutil.ignore_patterns("__pycache__", ".*")
-        )
+        shutil.copytree(ROOT / folder, destination / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     return destination
 
 

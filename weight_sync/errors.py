@@ -17,7 +17,7 @@ class CoverageError(RollmillError):
         lists = {"missing": self.missing, "unexpected": self.unexpected, "duplicate": self.duplicate}
         parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in lists.items() if names]
         super().__init__(
-            "the session does not cover the layers that it touches; nothing was changed by its end. " + "; ".join(parts)
+            "a session brings every tensor of the layers that it touches, once, and no other; " + "; ".join(parts)
         )
 
 

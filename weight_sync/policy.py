@@ -9,6 +9,8 @@ from .plan import SyncPlan
 from .session import SessionMode, SwapMode, WeightSession
 from .source import Source, open_source, receive
 
+INITIAL_VERSION = "initial"  # of the cold load; no trainer's own count meets it
+
 
 class Policy:
     """`version` is None before the first load and after a failed streamed swap (`poisoned` then says why)."""
@@ -18,6 +20,7 @@ class Policy:
         self.mode: SwapMode = mode
         self.version: str | None = None
         self.poisoned: str | None = None
+        self.num_commits = 0
         self.session: WeightSession | None = None
         self.closed = False
 
@@ -41,11 +44,7 @@ class Policy:
             return "dry"  # an equal version must hold equal bytes: look, do not write
         return self.mode
 
-    def update(
-        self,
-        source: WeightSource | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | str | Path,
-        version: str | None,
-    ) -> UpdateReport:
+    def update(self, source: Source, version: str | None) -> UpdateReport:
         """One session fed from `source`."""
         with self.begin(version) as session:
             receive(session, open_source(source))
@@ -65,6 +64,7 @@ class Policy:
             raise PoisonedError(f"no complete version is in place: {self.poisoned}; run a full swap")
 
     def _next_version(self) -> str:
-        if self.version is None:
-            return "0"
-        return str(int(self.version) + 1) if self.version.isdigit() else f"{self.version}+1"
+        """A counter where nobody names versions: the served version + 1, or the number of swaps so far."""
+        if self.version is not None and self.version.isdigit():
+            return str(int(self.version) + 1)
+        return str(self.num_commits) if self.num_commits else INITIAL_VERSION

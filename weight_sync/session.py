@@ -153,6 +153,7 @@ class WeightSession:
             for slot, staging in self._staging.items():
                 slot.commit(staging.packed, staging.scales, staging.digests())
             self.policy.version, self.policy.poisoned = self.version, None
+            self.policy.num_commits += 1
         self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
 
     def check_ledger(self) -> None:

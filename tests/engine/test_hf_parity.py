@@ -1,0 +1,97 @@
+"""float32 logits and greedy ids equal transformers', family by family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollmill.engine import Engine, EngineConfig, SamplingParams
+
+PROMPTS = [[3, 14, 15, 92, 65], [35], [89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28], [84, 19, 71]]
+FLOAT32 = EngineConfig(dtype="float32")
+
+
+def hf_logits(model, prompt):
+    with torch.no_grad():
+        return model(torch.tensor([prompt])).logits[0]
+
+
+def test_logits(family, hf_model, save):
+    model = hf_model(family)
+    with Engine(save(model), FLOAT32) as engine:
+        for prompt, logits in zip(PROMPTS, engine.logits(PROMPTS), strict=True):
+            torch.testing.assert_close(logits, hf_logits(model, prompt), rtol=0, atol=1e-4)
+
+
+def test_greedy_ids(family, hf_model, save):
+    model = hf_model(family)
+    with Engine(save(model), FLOAT32) as engine:
+        outs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_new_tokens=24))
+    for prompt, out in zip(PROMPTS, outs, strict=True):
+        inputs = torch.tensor([prompt])
+        reference = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False, pad_token_id=0
+        )
+        assert out.token_ids == reference[0, len(prompt) :].tolist()
+        assert out.finish_reason == "length"
+
+
+def test_logprobs_and_scores(family, hf_model, save):
+    model = hf_model(family)
+    temperature = 0.7
+    with Engine(save(model), FLOAT32) as engine:
+        outs = engine.generate(
+            PROMPTS, SamplingParams(n=2, temperature=temperature, max_new_tokens=9, top_p=0.9, seed=5)
+        )
+        scores = engine.score([out.prompt_token_ids + out.token_ids for out in outs], temperature=temperature)
+    for out, score in zip(outs, scores, strict=True):
+        ids = out.prompt_token_ids + out.token_ids
+        logprobs = (hf_logits(model, ids) / temperature).log_softmax(-1)
+        expected = logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(score, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(out.logprobs, expected[len(out.prompt_token_ids) - 1 :], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routed_experts(family, hf_model, save):
+    """Every row equals a re-run of transformers' router on the whole sequence."""
+    model = hf_model(family)
+    with Engine(save(model), FLOAT32) as engine:
+        params = SamplingParams(n=2, max_new_tokens=7, seed=1)
+        outs = engine.generate(PROMPTS, params, return_routed_experts=True)
+    routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
+    for out in outs:
+        seen = []
+        hooks = [r.register_forward_hook(lambda module, args, result: seen.append(result[2])) for r in routers]
+        ids = out.prompt_token_ids + out.token_ids
+        hf_logits(model, ids[:-1])
+        for hook in hooks:
+            hook.remove()
+        expected = torch.stack(seen, dim=1)
+        assert out.routed_experts.dtype == torch.int16
+        assert out.routed_experts.shape == (len(ids) - 1, len(routers), expected.shape[-1])
+        assert torch.equal(out.routed_experts.long(), expected)
+
+
+def test_a_sharded_checkpoint(family, hf_model, save):
+    model = hf_model(family)
+    whole, parts = save(model, "whole"), save(model, "parts", max_shard_size="60KB")
+    assert len(list(parts.glob("*.safetensors"))) > 1
+    with Engine(whole) as one, Engine(parts) as many:
+        assert one.digest() == many.digest()
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "nvfp4"])
+def test_a_trainers_own_tensors(family, quant, hf_model, save):
+    """`named_parameters()` and `state_dict()` of the transformers model: its in-process names, experts in 3-D."""
+    start, target = hf_model(family), hf_model(family, seed=1)
+    config = EngineConfig(quant=quant)
+    with Engine(save(start, "start"), config) as engine, Engine(save(target, "target"), config) as expected:
+        assert engine.digest() != expected.digest()
+        engine.update_weights((n, p.detach()) for n, p in target.named_parameters())
+        assert engine.digest() == expected.digest()
+        engine.update_weights(start.state_dict(), version="back")
+        engine.update_weights(target.bfloat16().state_dict(), version="forth")
+        assert engine.digest() == expected.digest()
+        for slot, other in zip(engine.model.slots, expected.model.slots, strict=True):
+            assert all(torch.equal(t, other.tensors[k]) for k, t in slot.tensors.items())
