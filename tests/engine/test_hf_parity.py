@@ -59,18 +59,22 @@ def test_routed_experts(family, hf_model, save):
     with Engine(save(model), FLOAT32) as engine:
         params = SamplingParams(n=2, max_new_tokens=7, seed=1)
         outs = engine.generate(PROMPTS, params, return_routed_experts=True)
-    routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
     for out in outs:
-        seen = []
-        hooks = [r.register_forward_hook(lambda module, args, result: seen.append(result[2])) for r in routers]
         ids = out.prompt_token_ids + out.token_ids
-        hf_logits(model, ids[:-1])
-        for hook in hooks:
-            hook.remove()
-        expected = torch.stack(seen, dim=1)
+        expected = routed_by_transformers(model, ids[:-1])
         assert out.routed_experts.dtype == torch.int16
-        assert out.routed_experts.shape == (len(ids) - 1, len(routers), expected.shape[-1])
         assert torch.equal(out.routed_experts.long(), expected)
+
+
+def routed_by_transformers(model, ids):
+    """Expert ids [len(ids), num_moe_layers, top_k] of every router, in layer order."""
+    seen = []
+    routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
+    hooks = [r.register_forward_hook(lambda module, args, result: seen.append(result[2])) for r in routers]
+    hf_logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen, dim=1)
 
 
 def test_a_sharded_checkpoint(family, hf_model, save):

@@ -36,7 +36,7 @@ def test_logits(model, export, modelopt_folder, expected_logits):
 
 @pytest.mark.parametrize("export", EXPORTS)
 def test_logits_of_the_fast_cpu_kernel(model, export, modelopt_folder, expected_logits):
-    """`exact` sums in another order, so that an activation on a rounding tie may flip: one sequence in three at most."""
+    """`exact` sums in another order, which may flip a rounding tie: in one sequence of three at most."""
     with Engine(modelopt_folder(model, export), EngineConfig(dtype="float32", linear_kernel="exact")) as engine:
         difference, _, _ = compare(engine, expected_logits(model, export))
     flipped = [sequence for sequence in difference if sequence.max() > 1e-3]

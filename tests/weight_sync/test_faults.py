@@ -170,6 +170,12 @@ def test_integers_are_no_weights(cold_load, unchanged, weights_a):
     check()
 
 
+def load_all(policy, source):
+    with policy.begin("1") as session:
+        for bucket in source:
+            session.load(bucket)
+
+
 @pytest.mark.parametrize("mode", ["bucket", "iterator"])
 def test_the_source_dies_at_each_bucket(mode, cold_load, unchanged, buckets, weights_a, weights_b):
     policy = cold_load(NVFP4_TOKEN, weights_a)
@@ -184,9 +190,8 @@ def test_the_source_dies_at_each_bucket(mode, cold_load, unchanged, buckets, wei
                 yield bucket
 
         if mode == "bucket":
-            with pytest.raises(ConnectionResetError), policy.begin("1") as session:
-                for bucket in dying():
-                    session.load(bucket)
+            with pytest.raises(ConnectionResetError):
+                load_all(policy, dying())
         else:
             with pytest.raises(TransportError, match="last tensor received") as error:
                 policy.update((pair for bucket in dying() for pair in bucket), "1")
