@@ -66,6 +66,6 @@ def find_folder(path: str | Path) -> Path:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ModelError(f"{path.name} is no valid JSON: {error}") from error

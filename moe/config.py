@@ -6,6 +6,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from ..quant import ConfigError
+
 
 class MoeConfig(Struct, frozen=True):
     """`scoring` turns router logits into scores; `renormalize` makes the top-k weights sum to one.
@@ -23,3 +25,13 @@ class MoeConfig(Struct, frozen=True):
     topk_group: int = 1
     routed_scaling_factor: float = 1.0
     activation: Literal["silu"] = "silu"
+
+    def __post_init__(self) -> None:
+        if self.num_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+            raise ConfigError(
+                f"{self.num_experts} experts in n_group={self.n_group} groups, topk_group={self.topk_group}: groups "
+                "are equal, and between one and all of them are chosen"
+            )
+        reachable = self.num_experts // self.n_group * self.topk_group
+        if not 1 <= self.top_k <= reachable:
+            raise ConfigError(f"top_k={self.top_k}, but a token can reach {reachable} experts")

@@ -29,7 +29,7 @@ class LinearKernel(Protocol):
     def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None: ...
 
     @staticmethod
-    def unsupported(scheme: Scheme, shape: WeightShape, capability: Capability) -> str | None:
+    def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         """Why this kernel cannot compute such a layer, or None if it can."""
         ...
 
@@ -74,7 +74,7 @@ def select_kernel(
     order = automatic if name == "auto" else (name,)
     reasons = []
     for kernel in (known[candidate] for candidate in order):
-        reason = kernel.unsupported(scheme, shape, capability)
+        reason = kernel.unsupported(scheme, shape, dtype, capability)
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")

@@ -82,7 +82,7 @@ def read_quant_plan(folder: Path, config: Mapping[str, Any], metadata: Mapping[s
         return parse_quant_config(config["quantization_config"], "config.json:quantization_config")
     path = folder / "hf_quant_config.json"
     if path.is_file():
-        return parse_quant_config(_load_json(path.read_text(), path.name), path.name)
+        return parse_quant_config(_load_json(path.read_bytes(), path.name), path.name)
     for key in ("quantization_config", "_quantization_metadata"):
         if key in metadata:
             where = f"safetensors metadata {key}"
@@ -90,39 +90,44 @@ def read_quant_plan(folder: Path, config: Mapping[str, Any], metadata: Mapping[s
     return None
 
 
-def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantPlan:
+def parse_quant_config(raw: Any, where: str) -> QuantPlan:
     """ModelOpt's config, flat (`quant_algo` at the top) or nested under `quantization`."""
-    if not isinstance(raw, Mapping):
-        raise ModelError(f"{where} is no JSON object")
+    raw = _mapping(raw, where)
     if isinstance(raw.get("quantization"), Mapping):
         raw = raw["quantization"]
     if "quant_algo" not in raw and "layers" in raw:
-        return QuantPlan(
-            layers={name: _algorithm(entry.get("format", "").upper(), where) for name, entry in raw["layers"].items()}
-        )
+        entries = {name: _mapping(entry, where) for name, entry in _mapping(raw["layers"], where).items()}
+        layers: dict[str, QuantName] = {
+            name: _algorithm(str(entry.get("format")).upper(), where) for name, entry in entries.items()
+        }
+        return QuantPlan(layers=layers)
     method, algorithm = raw.get("quant_method", "modelopt"), raw.get("quant_algo")
     if method != "modelopt" or algorithm is None:
         raise UnsupportedError(
             f"{where}: quant_method {method!r}, quant_algo {algorithm!r} is not ModelOpt's",
-            [
-                f"known algorithms: {', '.join([*ALGORITHMS, MIXED])}",
-                "or open a BF16 checkpoint with quant=...",
-            ],
+            [f"known algorithms: {', '.join([*ALGORITHMS, MIXED])}", "or open a BF16 checkpoint with quant=..."],
         )
-    keep = tuple(raw.get("ignore") or raw.get("exclude_modules") or raw.get("modules_to_not_convert") or ())
+    _check_group_sizes(raw, where)
     if algorithm == MIXED:
-        listed = raw.get("quantized_layers", {})
-        return QuantPlan(
-            keep=keep,
-            layers={name: _layer_algorithm(name, entry, where) for name, entry in listed.items()},
-            kv_cache=_kv_cache(raw, where),
-        )
-    _check_group_size(raw, where)
-    return QuantPlan(_algorithm(algorithm, where), keep, kv_cache=_kv_cache(raw, where))
+        listed = _mapping(raw.get("quantized_layers", {}), where)
+        listed_layers: dict[str, QuantName] = {
+            name: _layer_algorithm(name, entry, where) for name, entry in listed.items()
+        }
+        return QuantPlan(keep=_keep(raw, where), layers=listed_layers, kv_cache=_kv_cache(raw, where))
+    return QuantPlan(_algorithm(algorithm, where), _keep(raw, where), kv_cache=_kv_cache(raw, where))
 
 
-def _layer_algorithm(name: str, entry: Mapping[str, Any], where: str) -> QuantName:
-    _check_group_size(entry, f"{where}: {name}")
+def _keep(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The exclude list under any of its names."""
+    names = raw.get("ignore") or raw.get("exclude_modules") or raw.get("modules_to_not_convert") or ()
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{where}: the modules to exclude are no list of names: {names!r:.80}")
+    return tuple(names)
+
+
+def _layer_algorithm(name: str, entry: Any, where: str) -> QuantName:
+    entry = _mapping(entry, f"{where}: {name}")
+    _check_group_sizes(entry, f"{where}: {name}")
     return _algorithm(entry.get("quant_algo"), f"{where}: {name}")
 
 
@@ -132,22 +137,35 @@ def _algorithm(name: str | None, where: str) -> QuantName:
     return ALGORITHMS[name]
 
 
-def _check_group_size(raw: Mapping[str, Any], where: str) -> None:
-    if raw.get("group_size") not in (None, 16):
-        raise UnsupportedError(f"{where}: group_size {raw['group_size']}", ["NVFP4 has groups of 16"])
+def _check_group_sizes(raw: Mapping[str, Any], where: str) -> None:
+    groups = _mapping(raw.get("config_groups") or {}, where).values()
+    holders = [
+        raw,
+        *(g.get(part) for g in groups if isinstance(g, Mapping) for part in ("weights", "input_activations")),
+    ]
+    for size in (holder.get("group_size") for holder in holders if isinstance(holder, Mapping)):
+        if size not in (None, 16):
+            raise UnsupportedError(f"{where}: group_size {size}", ["NVFP4 has groups of 16"])
 
 
 def _kv_cache(raw: Mapping[str, Any], where: str) -> str | None:
-    scheme, algorithm = raw.get("kv_cache_scheme") or {}, raw.get("kv_cache_quant_algo")
+    scheme, algorithm = _mapping(raw.get("kv_cache_scheme") or {}, where), raw.get("kv_cache_quant_algo")
     if not scheme and algorithm is None:
         return None
-    if algorithm == "FP8" or (scheme.get("num_bits"), scheme.get("type")) == (8, "float"):
+    is_fp8 = not scheme or (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
+    if is_fp8 and algorithm in (None, "FP8"):
         return "fp8"
     raise UnsupportedError(f"{where}: KV cache {algorithm or scheme}", ["known: FP8, or none"])
 
 
-def _load_json(text: str, where: str) -> Any:
+def _mapping(raw: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise ModelError(f"{where}: expected a JSON object, got {raw!r:.80}")
+    return raw
+
+
+def _load_json(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ModelError(f"{where} is no valid JSON: {error}") from error

@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedError
+
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 NVFP4_MAX = E4M3_MAX * E2M1_MAX
@@ -24,6 +26,8 @@ CHUNK = 1 << 17  # elements: temporaries stay in a core's cache between the pass
 
 def group_amax(weight: Tensor, group: int) -> Tensor:
     """max |w| over groups of `group` along the last dimension: BF16 [..., K] -> BF16 [..., K // group]."""
+    if weight.dtype != torch.bfloat16:
+        raise UnsupportedError(f"quantizing {weight.dtype}", ["weights are rounded to BF16 first: weight.bfloat16()"])
     cols = weight.shape[-1]
     out = weight.new_empty(*weight.shape[:-1], cols // group)
     flat, flat_out = weight.reshape(-1, cols), out.view(-1, cols // group).view(torch.int16)
@@ -36,7 +40,8 @@ def group_amax(weight: Tensor, group: int) -> Tensor:
 
 def decode_scale(amax: Tensor, code_max: float) -> Tensor:
     """amax / code_max; 1 for a weight of zeros, whose codes are zero under any scale."""
-    return torch.where(amax > 0, amax / code_max, 1.0)
+    scale = amax / code_max
+    return torch.where(scale > 0, scale, 1.0)  # a float32 amax may underflow, too
 
 
 def row_chunks(rows: int, cols: int, device: torch.device) -> Iterator[slice]:
@@ -179,7 +184,6 @@ def quantize_nvfp4_activation(x: Tensor, encode: Tensor) -> tuple[Tensor, Tensor
     return round_e2m1(blocks.mul_(factor[..., None])), scale
 
 
-def nvfp4_token_encode(x: Tensor) -> Tensor:
-    """Encode scale of each row, float32 [M, 1]: min(2688 / row_amax, FLT_MAX), FLT_MAX for a row of zeros."""
-    row_amax = x.float().abs().amax(-1, keepdim=True)
-    return (NVFP4_MAX / row_amax).clamp_(max=FLOAT_MAX)
+def nvfp4_encode(amax: Tensor) -> Tensor:
+    """Encode scale from an amax (of each row: per token): min(2688 / amax, FLT_MAX), FLT_MAX for zero."""
+    return (NVFP4_MAX / amax).clamp_(max=FLOAT_MAX)

@@ -20,7 +20,10 @@ def expert_shapes(config: MoeConfig) -> tuple[WeightShape, WeightShape]:
 
 
 class ReferenceRunner:
-    """Gathers each expert's tokens and applies a linear kernel; sums in float32 in expert order."""
+    """Gathers each expert's tokens and applies a linear kernel; sums in float32, in the order of the choices.
+
+    With per-tensor activations the "tensor" is what one expert gets, so a result depends on its batch company.
+    """
 
     name: ClassVar[str] = "reference"
 
@@ -43,16 +46,14 @@ class ReferenceRunner:
         return None
 
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        tokens_of = ids.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert
+        order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert
         counts = ids.flatten().bincount(minlength=self.config.num_experts).tolist()
-        for expert, chosen in enumerate(tokens_of.split(counts)):
-            if not len(chosen):
-                continue
-            token = chosen // self.config.top_k
-            y = self._expert(x[token], _unit(w13, expert), _unit(w2, expert))
-            out.index_add_(0, token, y.float().mul_(weights.flatten()[chosen, None]))
-        return out.to(self.dtype)
+        outs = x.new_empty(ids.numel(), self.config.hidden_size)  # a row for every (token, choice)
+        for expert, chosen in enumerate(order.split(counts)):
+            if len(chosen):
+                token = chosen // self.config.top_k
+                outs[chosen] = self._expert(x[token], _unit(w13, expert), _unit(w2, expert))
+        return (outs.view(*ids.shape, self.config.hidden_size).float() * weights[..., None]).sum(1).to(self.dtype)
 
     def _expert(self, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         gate, up = self.w13.apply(x, w13).chunk(2, dim=-1)

@@ -31,9 +31,7 @@ def _nvfp4_encode(x: Tensor, activation: Activation, input_scale: Tensor | None)
     if activation == "static":
         assert input_scale is not None
         return input_scale.reciprocal()
-    if activation == "per_token":
-        return numerics.nvfp4_token_encode(x)
-    return numerics.nvfp4_token_encode(x.reshape(1, -1)).squeeze()
+    return numerics.nvfp4_encode(activation_amax(x, activation))
 
 
 def fp8_scale(x: Tensor, activation: Activation, input_scale: Tensor | None) -> Tensor:
@@ -41,6 +39,12 @@ def fp8_scale(x: Tensor, activation: Activation, input_scale: Tensor | None) -> 
     if activation == "static":
         assert input_scale is not None
         return input_scale
-    amax = x.abs().float()
-    amax = amax.amax(-1, keepdim=True) if activation == "per_token" else amax.amax()
-    return numerics.decode_scale(amax, numerics.E4M3_MAX)
+    return numerics.decode_scale(activation_amax(x, activation), numerics.E4M3_MAX)
+
+
+def activation_amax(x: Tensor, activation: Activation) -> Tensor:
+    """max |x| of each row (float32 [M, 1]) or of all of x [M, K] (float32 scalar; zero without rows)."""
+    magnitude = x.abs()
+    if activation == "per_token":
+        return magnitude.amax(-1, keepdim=True).float()
+    return magnitude.amax().float() if len(x) else x.new_zeros((), dtype=torch.float32)

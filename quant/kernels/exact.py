@@ -19,7 +19,8 @@ from .activation import quantize_activation
 
 
 class ExactKernel:
-    """Any quantized scheme on any device; float32 accumulation, results in the engine's dtype."""
+    """Any quantized scheme on any device. Accumulates in float32; a BF16 engine rounds the sum to BF16, then the
+    scaled result once more."""
 
     name: ClassVar[str] = "exact"
 
@@ -28,7 +29,9 @@ class ExactKernel:
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
 
     @staticmethod
-    def unsupported(scheme: Scheme, shape: WeightShape, capability: Capability) -> str | None:
+    def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
+        if dtype == torch.float16:
+            return "sums of unscaled products overflow float16"
         return None if isinstance(scheme, FP8 | NVFP4) else "computes FP8 and NVFP4 only"
 
     def packed(self) -> dict[str, TensorSpec]:

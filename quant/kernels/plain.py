@@ -24,7 +24,7 @@ class PlainKernel:
         self.dtype = dtype if scheme.dtype == torch.bfloat16 else scheme.dtype
 
     @staticmethod
-    def unsupported(scheme: Scheme, shape: WeightShape, capability: Capability) -> str | None:
+    def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         return None if isinstance(scheme, Plain) else "computes unquantized weights only"
 
     def packed(self) -> dict[str, TensorSpec]:

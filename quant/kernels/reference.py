@@ -23,7 +23,7 @@ class ReferenceKernel:
         self.unit_shape = WeightShape(shape.rows, shape.cols, one_scale=shape.one_scale)
 
     @staticmethod
-    def unsupported(scheme: Scheme, shape: WeightShape, capability: Capability) -> str | None:
+    def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         return None if isinstance(scheme, FP8 | NVFP4) else "computes FP8 and NVFP4 only"
 
     def packed(self) -> dict[str, TensorSpec]:

@@ -33,9 +33,13 @@ class TorchFP8Kernel:
         self.padded = (_ceil(shape.num_rows), _ceil(shape.cols))
 
     @staticmethod
-    def unsupported(scheme: Scheme, shape: WeightShape, capability: Capability) -> str | None:
+    def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         if not isinstance(scheme, FP8):
             return "computes FP8 only"
+        if scheme.activation == "none":
+            return "quantizes activations, and these are to stay as they are"
+        if dtype == torch.float32:
+            return "gives BF16 results, not float32"
         if capability.sm is not None and capability.sm < 89:
             return f"FP8 tensor cores start at sm89, this is {capability}"
         return None
@@ -64,13 +68,15 @@ class TorchFP8Kernel:
         return packed
 
     def apply(self, x: Tensor, packed: Stored) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
         x = pad_to(x, cols=TILE)
         scale = fp8_scale(x, self.scheme.activation, packed.get("input_scale"))
         codes = numerics.quantize_fp8_activation(x, scale)
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             codes,
             packed["weight"].t(),
-            scale_a=scale.expand(len(x), 1).contiguous(),
+            scale_a=scale * scale.new_ones(len(x), 1),
             scale_b=packed["row_scale"],
             out_dtype=torch.bfloat16,
         )

@@ -63,8 +63,8 @@ def _find_files(path: Path) -> list[Path]:
             raise ModelError(f"{path} holds no *.safetensors file")
         return files
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError) as error:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index.name} is no valid index: {error!r}") from error
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
