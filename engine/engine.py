@@ -142,8 +142,6 @@ class Engine:
         """Free the weights; the engine cannot be used afterwards."""
         if not self._policy.closed:
             self._policy.closed = True
-            if self._policy.session is not None:
-                self._policy.session.abort()
             del self.model
 
     def __enter__(self) -> Self:

@@ -13,7 +13,7 @@ from .errors import (
 )
 from .messages import UpdateReport
 from .plan import SyncPlan, Target
-from .policy import Policy
+from .policy import INITIAL_VERSION, Policy
 from .session import SwapMode, WeightSession
 from .source import Source, WeightSource, open_source
 from .sources.flat_bucket import FlatBucketSource, FlatEntry
@@ -21,6 +21,7 @@ from .sources.safetensors_files import SafetensorsSource
 from .sources.tensors import TensorSource
 
 __all__ = [
+    "INITIAL_VERSION",
     "CoverageError",
     "FlatBucketSource",
     "FlatEntry",

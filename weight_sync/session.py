@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from ..quant import ModelError, Plain, WeightSlot
+from ..quant import ModelError, Plain, RollmillError, WeightSlot
 from .clock import Clock
 from .digest import tensor_digest, weights_digest
 from .errors import (
@@ -20,13 +20,13 @@ from .errors import (
     ShapeError,
     StagingMemoryError,
     StaleVersionError,
+    TransportError,
 )
 from .messages import UpdateReport
 from .plan import Target
+from .served import ServedWeights
+from .source import WeightSource
 from .staging import SlotStaging, check_finite
-
-if TYPE_CHECKING:
-    from .policy import Policy
 
 SwapMode = Literal["staged", "streamed"]
 SessionMode = Literal["staged", "streamed", "dry"]
@@ -40,12 +40,13 @@ class WeightSession:
     dry: nothing is kept or written but digests; `commit` tells whether the served weights are the same.
     """
 
-    def __init__(self, policy: Policy, version: str, mode: SessionMode, *, full: bool) -> None:
-        self.policy, self.version, self.mode, self.full = policy, version, mode, full
+    def __init__(self, served: ServedWeights, version: str, mode: SessionMode, *, full: bool) -> None:
+        self.served, self.version, self.mode, self.full = served, version, mode, full
         self.report: UpdateReport | None = None
         self.clock = Clock()
-        self._same_version = version == policy.version
+        self._same_version = version == served.version
         self._open = True
+        served.open_version = version
         self._staging: dict[WeightSlot, SlotStaging] = {}
         self._unexpected: list[str] = []
         self._duplicate: list[str] = []
@@ -56,7 +57,7 @@ class WeightSession:
 
     # receiving
 
-    def load(self, bucket: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, bucket: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
         """Take (name, tensor) pairs, any names in any order; copied before this returns.
 
         On an error the session is aborted. Unknown and doubled names are collected and reported by `commit`.
@@ -64,26 +65,40 @@ class WeightSession:
         self._check_open()
         try:
             with self.clock("receive"):
-                for name, value in bucket:
-                    self._receive(name, value)
+                for pair in bucket.items() if isinstance(bucket, Mapping) else bucket:
+                    self._take(*as_pair(pair))
         except BaseException:
             self.abort()
             raise
 
+    def receive(self, source: WeightSource) -> None:
+        """Load all of a source, tensor by tensor; whatever it raises becomes a `TransportError`."""
+        last, iterator = "none", iter(source)
+        while True:
+            try:
+                with self.clock("receive"):
+                    pair = next(iterator, None)
+            except RollmillError:
+                raise
+            except Exception as error:  # a foreign iterator may raise anything
+                raise TransportError(f"the source failed; last tensor received: {last} ({error!r})") from error
+            if pair is None:
+                return
+            self.load([pair])
+            last = pair[0]
+
     @torch.no_grad()
-    def _receive(self, name: str, value: Tensor) -> None:
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ShapeError(f"a bucket holds (name, tensor) pairs, got ({name!r:.80}, {type(value).__name__})")
+    def _take(self, name: str, value: Tensor) -> None:
         self._tensors += 1
         self._bytes_in += value.nbytes
-        why = self.policy.plan.why_ignored(name)
+        why = self.served.plan.why_ignored(name)
         if why is not None:
             self._ignored[why] = self._ignored.get(why, 0) + 1
             return
-        target = self.policy.plan.resolve(name)
+        target = self.served.plan.resolve(name)
         if target is None:
             self._unexpected.append(name)
-        elif name in self.policy.plan.tied:
+        elif name in self.served.plan.tied:
             check_finite(name, value)
             self._tied[name] = tensor_digest(value.to(torch.bfloat16))
         elif target.tensor == "input_scale" and "input_scale" not in target.slot.scales:
@@ -105,7 +120,7 @@ class WeightSession:
             streamed = self.mode == "streamed"
             if streamed and self._paused_since is None:
                 self._paused_since = time.perf_counter()
-                self.policy.poisoned = f"a streamed swap to version {self.version!r} has not finished"
+                self.served.poisoned = f"a streamed swap to version {self.version!r} has not finished"
             self._staging[slot] = SlotStaging(slot, self.clock, live=streamed, dry=self.mode == "dry")
         return self._staging[slot]
 
@@ -143,8 +158,8 @@ class WeightSession:
     def abort(self) -> None:
         """Drop what was staged. After streamed writes the policy stays poisoned."""
         if self._open and self._paused_since is not None:
-            self.policy.poisoned = f"a streamed swap to version {self.version!r} failed half-way"
-            self.policy.version = None
+            self.served.poisoned = f"a streamed swap to version {self.version!r} failed half-way"
+            self.served.version = None
         self._close()
 
     def _flip(self) -> None:
@@ -152,31 +167,31 @@ class WeightSession:
         with self.clock("commit"):
             for slot, staging in self._staging.items():
                 slot.commit(staging.packed, staging.scales, staging.digests())
-            self.policy.version, self.policy.poisoned = self.version, None
-            self.policy.num_commits += 1
+            self.served.version, self.served.poisoned = self.version, None
+            self.served.num_commits += 1
         self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
 
     def check_ledger(self) -> None:
         """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
         missing = [name for staging in self._staging.values() for name in staging.missing()]
-        if self.full or self.policy.poisoned is not None:
-            untouched = (slot for slot in self.policy.plan.slots if slot not in self._staging)
+        if self.full or self.served.poisoned is not None:
+            untouched = (slot for slot in self.served.plan.slots if slot not in self._staging)
             missing += [name for slot in untouched for name in names_of(slot)]
         if missing or self._unexpected or self._duplicate:
             raise CoverageError(missing, self._unexpected, self._duplicate)
         for name, digest in self._tied.items():
-            target = self.policy.plan.resolve(name)
+            target = self.served.plan.resolve(name)
             assert target is not None
             staging = self._staging.get(target.slot)
             served = target.slot.digests if staging is None else staging.digests()
             if served[target.tensor] != digest:
-                raise ModelError(f"{name} is tied to {self.policy.plan.tied[name]}, but the two differ")
+                raise ModelError(f"{name} is tied to {self.served.plan.tied[name]}, but the two differ")
 
     def _check_version(self, digest: str) -> bool:
         """True if the very same weights are being served under this version already."""
         if not self._same_version:
             return False
-        if digest != self.policy.digest():
+        if digest != self.served.digest():
             raise StaleVersionError(
                 f"version {self.version!r} is being served already, with other weights; send a new version"
             )
@@ -186,7 +201,7 @@ class WeightSession:
         """The digest that the policy has once this session is committed."""
         return weights_digest(
             (slot.name, tensor, digest)
-            for slot in self.policy.plan.slots
+            for slot in self.served.plan.slots
             for tensor, digest in (self._staging[slot].digests() if slot in self._staging else slot.digests).items()
         )
 
@@ -197,23 +212,21 @@ class WeightSession:
             tensors=self._tensors,
             bytes_in=self._bytes_in,
             layers=len(self._staging),
-            coverage=len(self._staging) / max(1, len(self.policy.plan.slots)),
+            coverage=len(self._staging) / max(1, len(self.served.plan.slots)),
             seconds=self.clock.seconds,
-            digest=self.policy.digest(),
+            digest=self.served.digest(),
             warnings=tuple(f"{count} tensors ignored: {why}" for why, count in self._ignored.items()),
         )
 
     def _check_open(self) -> None:
         if not self._open:
             raise SessionClosedError(f"the session for version {self.version!r} has ended; begin a new one")
-        if self.policy.closed:
+        if self.served.closed:
             raise SessionClosedError("the engine has been closed")
 
     def _close(self) -> None:
-        self._open = False
-        self._staging = {}
-        if self.policy.session is self:
-            self.policy.session = None
+        if self._open:
+            self._open, self._staging, self.served.open_version = False, {}, None
 
     def __enter__(self) -> Self:
         return self
@@ -225,6 +238,14 @@ class WeightSession:
             self.abort()
         elif self._open:
             self.commit()
+
+
+def as_pair(pair: Any) -> tuple[str, Tensor]:
+    """Check that a bucket's item is (name, tensor)."""
+    match pair:
+        case (str() as name, Tensor() as value):
+            return name, value
+    raise ShapeError(f"a bucket holds (name, tensor) pairs, got {pair!r:.80}")
 
 
 def names_of(slot: WeightSlot) -> list[str]:

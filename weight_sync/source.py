@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor
 
-from ..quant import ConfigError, RollmillError
-from .errors import TransportError
+from ..quant import ConfigError
 from .sources.safetensors_files import SafetensorsSource
 from .sources.tensors import TensorSource
-
-if TYPE_CHECKING:
-    from .session import WeightSession
 
 
 class WeightSource(Protocol):
@@ -38,21 +34,3 @@ def open_source(source: Source) -> WeightSource:
         f"cannot take weights from {type(source).__name__}: give a dict of tensors, an iterator of (name, tensor), "
         "or the path of a safetensors folder"
     )
-
-
-def receive(session: WeightSession, source: WeightSource) -> None:
-    """Feed a session, one tensor at a time; whatever the source raises becomes a `TransportError`."""
-    last = "none"
-    iterator = iter(source)
-    while True:
-        try:
-            with session.clock("receive"):
-                pair = next(iterator, None)
-        except RollmillError:
-            raise
-        except Exception as error:  # a foreign iterator may raise anything
-            raise TransportError(f"the source failed; last tensor received: {last} ({error!r})") from error
-        if pair is None:
-            return
-        session.load([pair])
-        last = pair[0]

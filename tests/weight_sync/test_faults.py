@@ -33,7 +33,7 @@ def unchanged(snapshot):
 
         def check():
             assert snapshot(policy) == served
-            assert (policy.version, policy.digest(), policy.session) == (version, digest, None)
+            assert (policy.version, policy.digest(), policy.open_version) == (version, digest, None)
             policy.check_servable()
 
         return check
@@ -222,12 +222,22 @@ def test_a_failed_session_is_closed(cold_load, weights_a, weights_b):
     assert policy.version == "1"
 
 
-def test_pairs_are_checked(cold_load, unchanged, weights_a):
+@pytest.mark.parametrize(
+    "item", [("norm.weight", [1.0]), "norm.weight", ("norm.weight",), (1, torch.ones(1)), 7], ids=repr
+)
+def test_pairs_are_checked(item, cold_load, unchanged, weights_a):
     policy = cold_load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     with pytest.raises(ShapeError, match="pairs"):
-        policy.update([("norm.weight", [1.0])], "1")
+        policy.update([item], "1")
     check()
+
+
+def test_a_bucket_may_be_a_dict(cold_load, snapshot, weights_a, weights_b):
+    policy = cold_load(NVFP4_TOKEN, weights_a)
+    with policy.begin("1") as session:
+        session.load(weights_b)
+    assert snapshot(policy) == snapshot(cold_load(NVFP4_TOKEN, weights_b))
 
 
 def test_one_session_at_a_time(cold_load, weights_a):
@@ -330,7 +340,7 @@ def test_memory_that_runs_out_while_staging():
         except StagingMemoryError as error:
             print("refused:", error)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        assert policy.version == "0" and policy.digest() == digest and policy.session is None
+        assert policy.version == "0" and policy.digest() == digest and policy.open_version is None
         assert all((slot.tensors["weight"] == 1).all() for slot in slots)
         policy.update({f"{name}.weight": one * 2 for name in "abcd"}, "1")
         print("served:", policy.version)

@@ -1,0 +1,29 @@
+"""`ServedWeights`: what is being served right now: slots, version, digest."""
+
+from __future__ import annotations
+
+from .digest import weights_digest
+from .errors import PoisonedError
+from .plan import SyncPlan
+
+
+class ServedWeights:
+    """State that sessions change. `version` is None before the first load and after a failed streamed swap, of which
+    `poisoned` then tells; `open_version` is that of the one session under way."""
+
+    def __init__(self, plan: SyncPlan) -> None:
+        self.plan = plan
+        self.version: str | None = None
+        self.poisoned: str | None = None
+        self.open_version: str | None = None
+        self.num_commits = 0
+        self.closed = False
+
+    def digest(self) -> str:
+        """SHA-256 hex of all stored values being served; the same for every kernel and every way of arriving."""
+        return weights_digest((s.name, tensor, d) for s in self.plan.slots for tensor, d in s.digests.items())
+
+    def check_servable(self) -> None:
+        """Raise `PoisonedError` unless one complete version is in place."""
+        if self.poisoned is not None:
+            raise PoisonedError(f"no complete version is in place: {self.poisoned}; run a full swap")
