@@ -47,7 +47,9 @@ def modelopt_seconds(weights: dict[str, Tensor], quant: str) -> float | None:
         from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
     except ImportError:
         return None
-    linears = [m for n, w in weights.items() if ".layers." in n and w.ndim > 1 and "gate.weight" not in n for m in _2d(w)]
+    linears = [
+        m for n, w in weights.items() if ".layers." in n and w.ndim > 1 and "gate.weight" not in n for m in _2d(w)
+    ]
 
     def quantize_all() -> None:
         for weight in linears:

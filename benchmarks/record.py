@@ -69,11 +69,17 @@ def write_table() -> None:
     lines = [
         "# Results",
         "",
-        "Written by `python benchmarks/record.py` from `benchmarks/results/`. Figures are medians of one run on a shared",
-        "machine; `ratio` is figure / peer, or figure / limit where there is no peer. A dash: there is none.",
+        "Written by `python benchmarks/record.py` from `benchmarks/results/`. Figures are medians of one run on a",
+        "shared machine; `ratio` is figure / peer, or figure / limit where there is no peer. A dash: there is none.",
     ]
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        lines += ["", f"## {folder.name}", "", "| name | figure | limit | peer | ratio | note |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {folder.name}",
+            "",
+            "| name | figure | limit | peer | ratio | note |",
+            "|---|---|---|---|---|---|",
+        ]
         for file in sorted(folder.glob("*.json")):
             lines += [_row(result) for result in msgspec.json.decode(file.read_bytes(), type=list[Result])]
     (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
@@ -87,7 +93,9 @@ def _row(result: Result) -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE
+    )
     return done.stdout.strip() or "unknown"
 
 

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="GRPO on a real MoE language model, every step a hot swap")
     demo.add_argument("kind", nargs="?", choices=("llm",), default="llm", help="llm (the only one so far)")
     demo.add_argument("--model", type=Path, help="a Mixtral folder (default: built from SmolLM2-135M)")
-    demo.add_argument("--quant", choices=("nvfp4", "fp8", "fp8_channel", "bf16"), default="nvfp4")
+    demo.add_argument("--quant", choices=("nvfp4", "fp8"), default="nvfp4")
     demo.add_argument("--steps", type=int, default=8)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the report")
@@ -63,16 +63,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .demo.run import run_demo  # the demo's extra packages are wanted here only
+    from .demo.config import DemoConfig  # what only the demo needs is imported for the demo only
+    from .demo.run import run_demo
 
-    run_demo(
-        model=arguments.model,
-        quant=arguments.quant,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        out=arguments.out,
-        cache=Path(cache_home()) / "rollmill",
-    )
+    config = DemoConfig(quant=arguments.quant, steps=arguments.steps, seed=arguments.seed)
+    run_demo(arguments.model, config, out=arguments.out, cache=Path(cache_home()) / "rollmill")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -20,4 +20,4 @@ with Engine(FOLDER, EngineConfig(quant="fp8")) as engine:
     with engine.weight_session(version="2") as session:
         for bucket in buckets:
             session.load(bucket)
-    print("now serving", engine.weight_version, "digest", session.report.digest[:12])
+    print("now serving", engine.weight_version, session.report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,17 @@ from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
 from .activation import fp8_scale
 
 TILE = 16  # _scaled_mm takes multiples of 16 in N and K
+
+
+@cache
+def cpu_takes_row_scales() -> bool:
+    """Whether this torch's `_scaled_mm` runs on a CPU with a scale for every row."""
+    codes, scale = torch.zeros(TILE, TILE).to(torch.float8_e4m3fn), torch.ones(TILE, 1)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale, scale.t(), out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def _ceil(size: int) -> int:
@@ -42,6 +54,8 @@ class TorchFP8Kernel:
             return "gives BF16 results, not float32"
         if capability.sm is not None and capability.sm < 89:
             return f"FP8 tensor cores start at sm89, this is {capability}"
+        if capability.sm is None and not cpu_takes_row_scales():
+            return f"torch {torch.__version__} takes no scale a row on a CPU (2.13 does)"
         return None
 
     def packed(self) -> dict[str, TensorSpec]:

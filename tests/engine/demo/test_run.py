@@ -9,8 +9,9 @@ import msgspec
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
-from rollmill.engine import Engine, EngineConfig
+from rollmill.engine import ConfigError, Engine, EngineConfig
 from rollmill.engine.demo.config import DemoConfig
 from rollmill.engine.demo.divergence import token_kl
 from rollmill.engine.demo.run import run_demo
@@ -33,10 +34,13 @@ def test_demo_writes_a_history_and_a_report(quant, tiny_folder, tmp_path):
     assert "report.html" in output.getvalue()
 
 
-def test_static_scales_reach_the_engine(tiny_folder, tmp_path):
+@pytest.mark.parametrize("shard_size", ["50GB", "200KB"])
+def test_static_scales_reach_the_engine(shard_size, tiny_folder, tmp_path):
     trainer = GrpoTrainer(tiny_folder, TrainerConfig(layers=1))
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(sharded, max_shard_size=shard_size)
     amax = calibrate(trainer.model, [list(range(40)), [5, 6, 7]])
-    write_static_folder(tiny_folder, tmp_path / "static", amax, "nvfp4", trainer.num_experts)
+    write_static_folder(sharded, tmp_path / "static", amax, "nvfp4", trainer.num_experts)
     with Engine(tmp_path / "static", EngineConfig(quant="nvfp4", activation="static")) as engine:
         assert engine.info()["activation"] == ["static"]
         assert engine.warnings == []
@@ -49,3 +53,8 @@ def test_kl_of_equal_distributions_is_zero():
     logits = torch.randn(3, 7)
     assert token_kl(logits, logits + 2).abs().max() < 1e-6
     assert token_kl(logits, logits.flip(1)).min() > 0
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ConfigError, match="samples >= 2"):
+        DemoConfig(samples=1)

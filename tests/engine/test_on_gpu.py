@@ -1,0 +1,68 @@
+"""The engine on a GPU: the same stored bytes as on a CPU, and the same logits within its arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollmill.engine import Engine, EngineConfig, SamplingParams, UnsupportedError
+from rollmill.quant import find_capability
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    try:
+        find_capability("cuda")
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("export", ["bf16", "fp8", "nvfp4", "fp8_kvfp8", "nvfp4_kvfp8"])
+@pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
+def test_modelopt_logits(model, export, modelopt_folder, expected_logits):
+    expected = expected_logits(model, export)
+    folder = modelopt_folder(model, export)
+    with Engine(folder, EngineConfig(dtype="float32", device="cuda")) as engine, Engine(folder, EngineConfig()) as cpu:
+        assert engine.digest() == cpu.digest()
+        ours = torch.stack(engine.logits(expected["input_ids"].tolist())).cpu()
+    difference = (ours - expected["logits"]).abs()
+    print(f"{model}/{export}: max {difference.max():.2e} mean {difference.mean():.2e}")
+    assert difference.median() < 1e-4  # a rounding tie may fall the other way in a sequence
+    assert difference.mean() < 2e-2
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "fp8_channel", "nvfp4", "nvfp4_w4a16"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_swap_equals_cold_load(family, quant, hf_model, save):
+    start, target = hf_model(family), hf_model(family, seed=1)
+    config = EngineConfig(quant=quant, device="cuda")
+    with Engine(save(start, "start"), config) as engine, Engine(save(target, "target"), config) as expected:
+        kernel = engine.model.layers[0].attention.qkv.kernel.name
+        addresses = [t.data_ptr() for slot in engine.model.slots for t in slot.tensors.values()]
+        engine.update_weights((n, p.detach().cuda()) for n, p in target.named_parameters())
+        assert engine.digest() == expected.digest()
+        for slot, other in zip(engine.model.slots, expected.model.slots, strict=True):
+            for key, value in slot.tensors.items():
+                assert torch.equal(value.view(torch.uint8), other.tensors[key].view(torch.uint8)), f"{slot.name}/{key}"
+        assert addresses == [t.data_ptr() for slot in engine.model.slots for t in slot.tensors.values()]
+        params = SamplingParams(n=2, max_new_tokens=12, seed=1)
+        hot, cold = (e.generate([[3, 14, 15], [9]], params) for e in (engine, expected))
+        assert [o.token_ids for o in hot] == [o.token_ids for o in cold]
+    print(f"{family} {quant}: kernel {kernel}")
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "fp8_channel", "nvfp4"])
+def test_bf16_logits_are_as_near_to_float32_as_the_cpus(quant, hf_model, save):
+    """Tiny random models amplify every rounding (NVFP4: half of the norm); a GPU may add no more than a CPU does."""
+    folder = save(hf_model("mixtral"))
+    prompts = [list(range(start, start + 20)) for start in range(0, 160, 20)]
+    logits = {}
+    for device, dtype in (("cuda", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32")):
+        with Engine(folder, EngineConfig(quant=quant, device=device, dtype=dtype)) as engine:
+            logits[device, dtype] = torch.cat(engine.logits(prompts)).cpu()
+    reference = logits["cpu", "float32"]
+    gpu, cpu = ((logits[device, "bfloat16"] - reference).norm() / reference.norm() for device in ("cuda", "cpu"))
+    print(f"{quant}: relative error of BF16 engines, GPU {gpu:.4f}, CPU {cpu:.4f}")
+    assert gpu < 1.3 * cpu
