@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     gains, seconds = [], []
     for seed in range(arguments.seeds):
-        config = DemoConfig(seed=seed, steps=arguments.steps)
+        config = DemoConfig(seed=seed, steps=arguments.steps, compare_static=False)
         history = run_demo(None, config, out=arguments.out / f"seed-{seed}", cache=Path(cache_home()) / "rollmill")
         rewards = [step.reward for step in history.steps]
         gains.append(statistics.fmean(rewards[-3:]) - statistics.fmean(rewards[:3]))

@@ -41,5 +41,6 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     history.write_json(out / "history.json")
     report = write_report(history, out / "report.html")
-    console.print(f"{total.seconds:.0f} s in all. Report: {report}", soft_wrap=True)
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in history.setup.items())
+    console.print(f"Set-up: {spent}; {total.seconds:.0f} s in all. Report: {report}", soft_wrap=True)
     return history
