@@ -19,6 +19,7 @@ E2M1_MAX = 6.0
 NVFP4_MAX = E4M3_MAX * E2M1_MAX
 E4M3_MIN = 2.0**-9  # smallest subnormal
 FLOAT_MAX = torch.finfo(torch.float32).max
+SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 CHUNK = 1 << 17  # elements: temporaries stay in a core's cache between the passes of a CPU quantizer
@@ -38,9 +39,14 @@ def group_amax(weight: Tensor, group: int) -> Tensor:
     return out
 
 
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """A float32 scalar as a tensor: torch divides by and into Python numbers through reciprocals, which round twice."""
+    return torch.full((), value, device=device)
+
+
 def decode_scale(amax: Tensor, code_max: float) -> Tensor:
     """amax / code_max; 1 for a weight of zeros, whose codes are zero under any scale."""
-    scale = amax / code_max
+    scale = amax / _scalar(code_max, amax.device)
     return torch.where(scale > 0, scale, 1.0)  # a float32 amax may underflow, too
 
 
@@ -176,8 +182,7 @@ def quantize_nvfp4_activation(x: Tensor, encode: Tensor) -> tuple[Tensor, Tensor
     """
     blocks = x.to(torch.float32, copy=True).unflatten(-1, (-1, 16))
     block_amax = blocks.abs().amax(-1)
-    sixth = torch.tensor(1.0, device=x.device) / E2M1_MAX
-    scale = (block_amax * (encode * sixth)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    scale = (block_amax * (encode * SIXTH)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
     scale = decode_fp8(scale)
     factor = (scale * encode.reciprocal()).reciprocal_().clamp_(max=FLOAT_MAX)
     factor.masked_fill_(block_amax == 0, 0.0)
@@ -186,4 +191,4 @@ def quantize_nvfp4_activation(x: Tensor, encode: Tensor) -> tuple[Tensor, Tensor
 
 def nvfp4_encode(amax: Tensor) -> Tensor:
     """Encode scale from an amax (of each row: per token): min(2688 / amax, FLT_MAX), FLT_MAX for zero."""
-    return (NVFP4_MAX / amax).clamp_(max=FLOAT_MAX)
+    return (_scalar(NVFP4_MAX, amax.device) / amax).clamp_(max=FLOAT_MAX)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rollmill.engine import Engine, EngineConfig, SamplingParams, UnsupportedError
-from rollmill.quant import find_capability
+from rollmill.quant import WeightShape, find_capability, make_scheme
+from rollmill.quant.kernels.activation import quantize_activation
 
 pytestmark = pytest.mark.gpu
 
@@ -31,6 +32,26 @@ def test_modelopt_logits(model, export, modelopt_folder, expected_logits):
     print(f"{model}/{export}: max {difference.max():.2e} mean {difference.mean():.2e}")
     assert difference.median() < 1e-4  # a rounding tie may fall the other way in a sequence
     assert difference.mean() < 2e-2
+
+
+@pytest.mark.parametrize("quant", ["fp8", "fp8_channel", "nvfp4"])
+def test_weights_quantize_to_the_cpus_bytes(quant):
+    scheme, shape = make_scheme(quant), WeightShape((700, 300), 1040, units=3)
+    weight = torch.randn(3, 1000, 1040, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gpu, cpu = scheme.quantize(weight.cuda(), shape), scheme.quantize(weight, shape)
+    for name, value in cpu.items():
+        assert torch.equal(gpu[name].cpu().view(torch.uint8), value.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("activation", ["per_token", "per_tensor", "static"])
+def test_activations_quantize_to_the_cpus_values(quant, activation):
+    scheme, static = make_scheme(quant, activation), torch.tensor(0.003)
+    x = torch.randn(1000, 1040, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scale = quantize_activation(x, scheme, static, torch.float32)
+    gpu_values, gpu_scale = quantize_activation(x.cuda(), scheme, static.cuda(), torch.float32)
+    assert torch.equal(gpu_values.cpu(), values)
+    assert torch.equal(gpu_scale.cpu(), scale)
 
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8", "fp8_channel", "nvfp4", "nvfp4_w4a16"])

@@ -25,7 +25,7 @@ def round_e4m3(x):
 
 def nvfp4_activation(x):
     """kernels' exact per-token recipe: encode = 2688 / row amax, sf = e4m3(amax * encode / 6)."""
-    encode = (2688 / x.abs().amax(-1, keepdim=True)).clamp(max=torch.finfo(torch.float32).max)
+    encode = (2688 / x.abs().amax(-1, keepdim=True).double()).float().clamp(max=torch.finfo(torch.float32).max)
     blocks = x.unflatten(-1, (-1, 16))
     sf = round_e4m3(blocks.abs().amax(-1) * (encode * torch.tensor(1 / 6)))
     codes = round_e2m1(blocks * (1 / (sf * (1 / encode)))[..., None]).nan_to_num()

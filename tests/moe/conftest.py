@@ -36,7 +36,7 @@ def fake_quantize(x: Tensor, scheme: Scheme, input_scale: Tensor | None) -> Tens
     if isinstance(scheme, FP8):
         scale = amax / 448 if input_scale is None else input_scale
         return round_e4m3(x / scale).double() * scale.double()
-    encode = 2688 / amax if input_scale is None else 1 / input_scale
+    encode = (2688 / amax.double()).float() if input_scale is None else 1 / input_scale
     blocks = x.view(-1, 16)
     block_scale = round_e4m3(blocks.abs().amax(-1) * (encode * torch.tensor(1 / 6)))
     codes = round_e2m1(blocks * (1 / (block_scale * (1 / encode)))[:, None])

@@ -78,7 +78,8 @@ class Reference:
 
     def token_encode(self, amax: Tensor) -> Tensor:
         """FlashInfer's exact per-token encode scale: min(2688 / amax, FLT_MAX); FLT_MAX for zero."""
-        return torch.where(amax == 0, FLOAT_MAX, (2688 / amax).clamp(max=FLOAT_MAX))
+        quotient = (2688 / amax.double()).float()  # one rounding; torch would take 2688 * (1 / amax) in float32
+        return torch.where(amax == 0, FLOAT_MAX, quotient.clamp(max=FLOAT_MAX))
 
     def nvfp4_activation(self, x: Tensor, encode: Tensor) -> tuple[Tensor, Tensor]:
         """FlashInfer's exact recipe: x [M, K], encode [M, 1] or scalar -> codes [M, K], scale bytes [M, K / 16]."""
