@@ -52,8 +52,8 @@ def make_result(
 ) -> Result:
     against = peer if peer is not None else limit
     ratio = None if not against else value / against
-    command = " ".join(["python", *(Path(a).name if a.endswith(".py") else a for a in sys.argv)])
-    return Result(name, value, unit, limit, peer, peer_name, ratio, _commit(), command, note)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return Result(name, value, unit, limit, peer, peer_name, ratio, COMMIT, command, note)
 
 
 def save(file: str, results: Sequence[Result]) -> Path:
@@ -92,12 +92,14 @@ def _row(result: Result) -> str:
     return f"| {result.name} | {result.value:.4g} {result.unit} | {limit} | {peer} | {ratio} | {result.note} |"
 
 
-def _commit() -> str:
+def find_commit() -> str:
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE
     )
     return done.stdout.strip() or "unknown"
 
+
+COMMIT = find_commit()  # of the code that runs, whatever is committed meanwhile
 
 if __name__ == "__main__":
     write_table()

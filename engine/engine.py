@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -48,12 +49,13 @@ class Engine:
         )
         self._decoder_config = family.read_config(checkpoint.hf_config())
         self.model = Decoder(self._decoder_config, parts, resolver.plan.kv_cache)
-        self.warnings = resolver.finish()
+        warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
         self._eos = checkpoint.eos_token_ids()
         self._seeds = itertools.count(self.config.seed << 32)
         self._policy = Policy(_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap)
-        self.load_report = self._policy.update(checkpoint.source, None)
+        report = self._policy.update(checkpoint.source, None)
+        self.load_report = msgspec.structs.replace(report, warnings=(*warnings, *report.warnings))
 
     # rollouts
 
@@ -135,7 +137,7 @@ class Engine:
             "quant": sorted({slot.scheme.name for slot in slots}),
             "activation": sorted({slot.scheme.activation for slot in slots} - {"none"}),
             "weight_bytes": sum(slot.num_bytes for slot in slots),
-            "warnings": [*self.warnings, *self.load_report.warnings],
+            "warnings": list(self.load_report.warnings),
         }
 
     def close(self) -> None:

@@ -1,13 +1,11 @@
 """One step's rollouts: problems in, scored completions out."""
 
 import statistics
-from typing import Any
 
 import msgspec
 
 from ..config import SamplingParams
 from ..engine import Engine
-from ..errors import ModelError
 from ..report.history import Completion as ShownCompletion
 from ..types import Completion
 from .groups import Group
@@ -64,13 +62,7 @@ class Rollouts(msgspec.Struct, frozen=True):
 
 def draw_rollouts(engine: Engine, problems: list[Problem], samples: int, budget: int) -> Rollouts:
     """`samples` completions of each problem within `budget` new tokens, at temperature 1."""
-    tokenizer: Any = engine.tokenizer
-    if tokenizer is None:
-        raise ModelError("the demo's model has no tokenizer; give a folder with tokenizer.json and a chat template")
-    prompts = [
-        tokenizer.apply_chat_template(problem.messages(), add_generation_prompt=True, return_dict=True).input_ids
-        for problem in problems
-    ]
+    prompts = [problem.messages() for problem in problems]
     completions = engine.generate(prompts, SamplingParams(n=samples, max_new_tokens=budget))
     scores = [
         score(problems[i // samples], c.text or "", len(c.token_ids), c.finish_reason == "stop", budget)

@@ -43,7 +43,7 @@ def test_static_scales_reach_the_engine(shard_size, tiny_folder, tmp_path):
     write_static_folder(sharded, tmp_path / "static", amax, "nvfp4", trainer.num_experts)
     with Engine(tmp_path / "static", EngineConfig(quant="nvfp4", activation="static")) as engine:
         assert engine.info()["activation"] == ["static"]
-        assert engine.warnings == []
+        assert engine.load_report.warnings == ()
         theirs = engine.logits([list(range(40))])[0]
     mine = trainer.logits(list(range(40)))
     assert token_kl(mine, theirs).mean() < 0.1
