@@ -88,10 +88,10 @@ def quantize_fp8(weight: Tensor, row_scale: Tensor, *, bf16_quotient: bool = Fal
     cols = weight.shape[-1]
     flat, flat_out, scale = weight.reshape(-1, cols), out.view(-1, cols), row_scale.reshape(-1, 1)
     for part in row_chunks(flat.shape[0], cols, weight.device):
-        quotient = flat[part].float().div_(scale[part])
+        quotient = flat[part].float().div_(scale[part]).clamp_(-E4M3_MAX, E4M3_MAX)
         if bf16_quotient:
             quotient = quotient.bfloat16()
-        flat_out[part] = quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        flat_out[part] = quotient.to(torch.float8_e4m3fn)
     return out
 
 
