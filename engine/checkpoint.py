@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from ..quant import ModelError, QuantPlan, read_quant_plan
 from ..weight_sync import SafetensorsSource
+from .llm.decoder_config import DecoderConfig, Family
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -27,10 +28,25 @@ class Checkpoint:
 
     @property
     def architectures(self) -> list[str]:
-        return list(self.raw_config.get("architectures") or [])
+        names = self.raw_config.get("architectures") or []
+        if not isinstance(names, list):
+            raise ModelError(f"config.json: architectures is no list: {names!r:.80}")
+        return [str(name) for name in names]
 
     def hf_config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.folder)
+        """The config as transformers reads it."""
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except Exception as error:  # transformers and its checkers raise many types; all mean a broken config
+            raise ModelError(f"config.json: transformers cannot read it: {error}") from error
+
+    def read_config(self, family: Family) -> DecoderConfig:
+        """What the decoder needs to know; `ModelError` if config.json does not describe this family."""
+        hf = self.hf_config()
+        try:
+            return family.read_config(hf)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ModelError(f"config.json does not describe a {family.ARCHITECTURES[0]}: {error}") from error
 
     def quant_plan(self) -> QuantPlan | None:
         return read_quant_plan(self.folder, self.raw_config, self.source.metadata())
@@ -51,6 +67,8 @@ class Checkpoint:
 
 def find_folder(path: str | Path) -> Path:
     """A folder as it is; `organization/name` through the Hugging Face hub or its cache."""
+    if not isinstance(path, str | Path):
+        raise ModelError(f"a model is the path of a folder or a hub id, got {path!r:.80}")
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -66,6 +84,9 @@ def find_folder(path: str | Path) -> Path:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError as error:  # no JSON, or no UTF-8
         raise ModelError(f"{path.name} is no valid JSON: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{path.name} is no JSON object")
+    return found

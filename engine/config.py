@@ -11,7 +11,8 @@ from msgspec import Struct
 from ..quant import Activation, ConfigError, QuantName
 from ..weight_sync import SwapMode
 
-DTypeName = Literal["bfloat16", "float16", "float32"]
+DTypeName = Literal["bfloat16", "float32"]
+DEFAULT_KEEP = ("lm_head", "*.gate")
 
 
 class _Checked(type(Struct)):
@@ -51,14 +52,15 @@ class EngineConfig(Struct, frozen=True, metaclass=_Checked):
     """How an engine holds and computes its weights.
 
     `quant` None: as the checkpoint says. `activation` None: the checkpoint's static scales where it has them, else
-    per token. `keep`: patterns (whole dotted names, `*`) of modules that stay in BF16. `swap`: "staged" builds a
+    per token. `keep`: patterns (whole dotted names, `*`) of modules that stay in BF16; None: `lm_head` and routers
+    where BF16 weights are quantized, and what the checkpoint keeps where they come quantized. `swap`: "staged" builds a
     second packed copy and swaps atomically; "streamed" keeps none, a failure poisons the engine.
     `max_batch_size`: sequences that are decoded together.
     """
 
     quant: QuantName | QuantSpec | None = None
     activation: Activation | None = None
-    keep: Sequence[str] = ("lm_head", "*.gate")
+    keep: Sequence[str] | None = None
     linear_kernel: str = "auto"
     moe_runner: str = "auto"
     swap: SwapMode = "staged"
@@ -68,6 +70,10 @@ class EngineConfig(Struct, frozen=True, metaclass=_Checked):
     ep: int = 1
     seed: int = 0
     max_batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        bounds = {"max_batch_size >= 1": self.max_batch_size >= 1, "0 <= seed < 2**31": 0 <= self.seed < 2**31}
+        _check_bounds(self, bounds)
 
 
 class SamplingParams(Struct, frozen=True, metaclass=_Checked):
@@ -95,7 +101,12 @@ class SamplingParams(Struct, frozen=True, metaclass=_Checked):
             "0 < top_p <= 1": 0 < self.top_p <= 1,
             "top_k >= 0": self.top_k >= 0,
             "max_new_tokens >= 1": self.max_new_tokens >= 1,
+            "0 <= seed < 2**63": self.seed is None or 0 <= self.seed < 2**63,
         }
-        broken = [bound for bound, holds in bounds.items() if not holds]
-        if broken:
-            raise ConfigError(f"SamplingParams wants {', '.join(broken)}; got {self}")
+        _check_bounds(self, bounds)
+
+
+def _check_bounds(settings: Struct, bounds: dict[str, bool]) -> None:
+    broken = [bound for bound, holds in bounds.items() if not holds]
+    if broken:
+        raise ConfigError(f"{type(settings).__name__} wants {', '.join(broken)}; got {settings}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +17,7 @@ from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession
 from .checkpoint import Checkpoint
 from .config import EngineConfig, SamplingParams
 from .env import read_toggles
-from .errors import ClosedError
+from .errors import ClosedError, RequestError
 from .llm.decoder import Decoder, Parts
 from .llm.generation import Draft, generate, make_draft, prompt_logits
 from .llm.models import find_family
@@ -47,7 +47,7 @@ class Engine:
             toggles.linear_kernel or self.config.linear_kernel,
             toggles.moe_runner or self.config.moe_runner,
         )
-        self._decoder_config = family.read_config(checkpoint.hf_config())
+        self._decoder_config = checkpoint.read_config(family)
         self.model = Decoder(self._decoder_config, parts, resolver.plan.kv_cache)
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
@@ -83,19 +83,25 @@ class Engine:
 
     def score(self, prompts: Prompts, *, temperature: float = 1.0) -> list[Tensor]:
         """Log-probs float32 [len(prompt) - 1] of each token of each prompt, given the tokens before it."""
-        logits = self.logits(prompts)
-        encoded = self._encode(prompts)
-        return [
-            (rows[:-1] / temperature)
-            .log_softmax(-1)
-            .gather(-1, torch.tensor(ids[1:], device=rows.device)[:, None])[:, 0]
-            for rows, ids in zip(logits, encoded, strict=True)
-        ]
+        if not temperature > 0:
+            raise RequestError(f"scores need a temperature above 0, got {temperature}")
+        self._check_servable()
+        scores = []
+        for ids, logits in self._each_logits(prompts):
+            logprobs = (logits[:-1] / temperature).log_softmax(-1)
+            scores.append(logprobs.gather(-1, torch.tensor(ids[1:], device=logits.device)[:, None])[:, 0])
+        return scores
 
     def logits(self, prompts: Prompts) -> list[Tensor]:
         """Logits float32 [len(prompt), vocab_size] after every token of each prompt."""
         self._check_servable()
-        return prompt_logits(self.model, self._encode(prompts))
+        return [logits for _, logits in self._each_logits(prompts)]
+
+    def _each_logits(self, prompts: Prompts) -> Iterator[tuple[list[int], Tensor]]:
+        """(token ids, logits) prompt by prompt: logits over a vocabulary are too big to hold for a batch."""
+        config = self._decoder_config
+        for ids in encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position + 1):
+            yield ids, prompt_logits(self.model, [ids])[0]
 
     # weights
 
@@ -119,12 +125,14 @@ class Engine:
 
         With `source`: the digest that a swap to it would give, for a trainer that wants to know before or after.
         """
+        self._check_open()
         return self._policy.digest() if source is None else self._policy.digest_of(source)
 
     # life
 
     def info(self) -> dict[str, Any]:
         """What the engine is, holds and serves."""
+        self._check_open()
         slots = self.model.slots
         return {
             "path": str(self.checkpoint.folder),
@@ -143,7 +151,7 @@ class Engine:
     def close(self) -> None:
         """Free the weights; the engine cannot be used afterwards."""
         if not self._policy.closed:
-            self._policy.closed = True
+            self._policy.close()
             del self.model
 
     def __enter__(self) -> Self:
@@ -161,10 +169,6 @@ class Engine:
     def _check_servable(self) -> None:
         self._check_open()
         self._policy.check_servable()
-
-    def _encode(self, prompts: Prompts) -> list[list[int]]:
-        config = self._decoder_config
-        return encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position + 1)
 
     def _completion(self, draft: Draft, params: SamplingParams, routed: bool) -> Completion:
         assert draft.finish_reason is not None

@@ -45,6 +45,8 @@ def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]
         raise RequestError("this model folder has no tokenizer: give prompts as lists of token ids")
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
+    if tokenizer.chat_template is None:
+        raise RequestError("this model's tokenizer has no chat template: give text or token ids")
     messages: Any = prompt
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(str(text), add_special_tokens=False).input_ids)

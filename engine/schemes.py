@@ -16,7 +16,7 @@ from ..quant import (
     UnsupportedError,
     make_scheme,
 )
-from .config import EngineConfig, QuantSpec
+from .config import DEFAULT_KEEP, EngineConfig, QuantSpec
 from .env import Toggles
 
 log = logging.getLogger("rollmill")
@@ -74,12 +74,9 @@ class SchemeResolver:
         if self._without_scale and self._with_input_scale:
             warnings.append(f"without input_scale, so per token: {_listed(self._without_scale)}")
         if self._ignored_scale:
-            warnings.append(
-                f"static activation scales of the checkpoint are ignored (per-token activations): "
-                f"{_listed(self._ignored_scale)}"
-            )
-        unused = [p for p in self.plan.unused_patterns(self._modules) if p in self.config.keep]
-        if unused and tuple(self.config.keep) != EngineConfig().keep:
+            warnings.append(f"static activation scales of the checkpoint are ignored: {_listed(self._ignored_scale)}")
+        unused = [p for p in self.plan.unused_patterns(self._modules) if p in (self.config.keep or ())]
+        if unused:
             warnings.append(f"keep patterns that match no module: {', '.join(unused)}")
         for warning in warnings:
             log.warning("%s", warning)
@@ -88,7 +85,8 @@ class SchemeResolver:
 
 def merge_plans(config: EngineConfig, stored: QuantPlan | None) -> QuantPlan:
     """What the engine computes: the config's wish where there is one, else what the checkpoint stores."""
-    keep = tuple(config.keep) + (stored.keep if stored is not None else ())
+    wished = config.keep if config.keep is not None else DEFAULT_KEEP if stored is None else ()
+    keep = tuple(wished) + (stored.keep if stored is not None else ())
     kv_cache = stored.kv_cache if stored is not None else None
     if config.quant is None:
         if stored is None:

@@ -27,6 +27,8 @@ def find_capability(device: str = "auto") -> Capability:
     """`auto` takes the GPU where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {device!r}", ["known: auto, cpu, cuda, cuda:N"])
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(f"device {device!r} was asked for, but torch sees no GPU", ["use device='cpu'"])
     libraries = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))

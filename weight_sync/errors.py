@@ -26,7 +26,7 @@ class ShapeError(RollmillError):
 
 
 class NonFiniteError(RollmillError):
-    """A tensor with NaN or infinity."""
+    """A tensor with NaN or infinity, or a scale that is not positive."""
 
 
 class SessionBusyError(RollmillError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..quant import ConfigError
 from .errors import SessionBusyError
 from .messages import UpdateReport
 from .plan import SyncPlan
@@ -23,8 +24,12 @@ class Policy(ServedWeights):
         """Open a session. `full` demands every slot; the first load and the cure of a poisoned policy do, too."""
         if self.open_version is not None:
             raise SessionBusyError(f"a session for version {self.open_version!r} is open; commit or abort it")
+        if version is not None and (not isinstance(version, str) or not version):
+            raise ConfigError(f"a version is a string that is not empty, got {version!r}")
         version = version or self._next_version()
-        return WeightSession(self, version, self._mode_for(version), full=full or self.version is None)
+        session = WeightSession(self, version, self._mode_for(version), full=full or self.version is None)
+        self.open_version = version
+        return session
 
     def update(self, source: Source, version: str | None) -> UpdateReport:
         """One session fed from `source`."""
@@ -51,7 +56,6 @@ class Policy(ServedWeights):
         return self.mode
 
     def _next_version(self) -> str:
-        """A counter where nobody names versions: the served version + 1, or the number of swaps so far."""
-        if self.version is not None and self.version.isdigit():
-            return str(int(self.version) + 1)
-        return str(self.num_commits) if self.num_commits else INITIAL_VERSION
+        """A counter where nobody names versions: above every number so far."""
+        first = self.version is None and self.poisoned is None
+        return INITIAL_VERSION if first else str(self.count + 1)

@@ -16,8 +16,18 @@ class ServedWeights:
         self.version: str | None = None
         self.poisoned: str | None = None
         self.open_version: str | None = None
-        self.num_commits = 0
+        self.count = 0  # the highest number that a version has had
         self.closed = False
+
+    def flip(self, version: str) -> None:
+        """Name what is being served, once its last byte is in place."""
+        self.version, self.poisoned = version, None
+        if version.isdecimal():
+            self.count = max(self.count, int(version))
+
+    def close(self) -> None:
+        """Let the weights go."""
+        self.closed, self.plan = True, SyncPlan(())
 
     def digest(self) -> str:
         """SHA-256 hex of all stored values being served; the same for every kernel and every way of arriving."""

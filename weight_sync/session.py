@@ -46,13 +46,14 @@ class WeightSession:
         self.clock = Clock()
         self._same_version = version == served.version
         self._open = True
-        served.open_version = version
         self._staging: dict[WeightSlot, SlotStaging] = {}
         self._unexpected: list[str] = []
         self._duplicate: list[str] = []
         self._ignored: dict[str, int] = {}
         self._tied: dict[str, int] = {}
         self._tensors = self._bytes_in = 0
+        self._torn = False
+        self._error: BaseException | None = None
         self._paused_since: float | None = None
 
     # receiving
@@ -67,7 +68,8 @@ class WeightSession:
             with self.clock("receive"):
                 for pair in bucket.items() if isinstance(bucket, Mapping) else bucket:
                     self._take(*as_pair(pair))
-        except BaseException:
+        except BaseException as error:
+            self._error = error
             self.abort()
             raise
 
@@ -146,35 +148,37 @@ class WeightSession:
                 for staging in self._staging.values():
                     staging.seal()
             unchanged = self._check_version(self.new_digest())
+            if not unchanged:
+                self._flip()
         except BaseException:
             self.abort()
             raise
-        if not unchanged:
-            self._flip()
         self.report = self._make_report("unchanged" if unchanged else "committed")
         self._close()
         return self.report
 
     def abort(self) -> None:
-        """Drop what was staged. After streamed writes the policy stays poisoned."""
-        if self._open and self._paused_since is not None:
-            self.served.poisoned = f"a streamed swap to version {self.version!r} failed half-way"
+        """Drop what was staged. After streamed writes, or an interrupted commit, the policy stays poisoned."""
+        if self._open and (self._torn or self._paused_since is not None):
+            self.served.poisoned = f"a swap to version {self.version!r} failed half-way"
             self.served.version = None
         self._close()
 
     def _flip(self) -> None:
         start = time.perf_counter()
+        self._torn = True  # an interrupt among the copies must not leave a mixture serving
+        self.served.poisoned = f"the commit of version {self.version!r} has not finished"
         with self.clock("commit"):
             for slot, staging in self._staging.items():
                 slot.commit(staging.packed, staging.scales, staging.digests())
-            self.served.version, self.served.poisoned = self.version, None
-            self.served.num_commits += 1
+            self.served.flip(self.version)
+        self._torn = False
         self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
 
     def check_ledger(self) -> None:
         """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
         missing = [name for staging in self._staging.values() for name in staging.missing()]
-        if self.full or self.served.poisoned is not None:
+        if self.full:
             untouched = (slot for slot in self.served.plan.slots if slot not in self._staging)
             missing += [name for slot in untouched for name in names_of(slot)]
         if missing or self._unexpected or self._duplicate:
@@ -226,7 +230,9 @@ class WeightSession:
 
     def _close(self) -> None:
         if self._open:
-            self._open, self._staging, self.served.open_version = False, {}, None
+            self._open, self._staging = False, {}
+            if self.mode != "dry" or self.served.open_version == self.version:
+                self.served.open_version = None
 
     def __enter__(self) -> Self:
         return self
@@ -238,6 +244,10 @@ class WeightSession:
             self.abort()
         elif self._open:
             self.commit()
+        elif self._error is not None:  # swallowed inside the block
+            raise SessionClosedError(
+                f"the session for version {self.version!r} was aborted; the old version serves"
+            ) from self._error
 
 
 def as_pair(pair: Any) -> tuple[str, Tensor]:

@@ -15,6 +15,7 @@ from .digest import combine_units, tensor_digest
 from .errors import NonFiniteError, ShapeError
 
 Form = Literal["bf16", "fp8", "nvfp4"]
+SCALE_TENSORS = ("k_scale", "v_scale")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,7 +67,7 @@ class SlotStaging:
 
     def _input_scale(self, name: str, unit: int, shard: int, value: Tensor) -> None:
         _check_shape(name, value, (1,))
-        check_finite(name, value)
+        check_scale(name, value)
         scales = self.scales["input_scale"]
         (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
 
@@ -77,18 +78,22 @@ class SlotStaging:
             target = pending.matrices[tensor][rows]
             self._check_dtype(name, value, pending.form)
             _check_shape(name, value, tuple(target.shape))
-            check_finite(name, value)
             target.copy_(value.reshape(target.shape))
+            check_finite(name, target)  # as rounded: float32 may overflow BF16
+            if tensor in SCALE_TENSORS:
+                check_scale(name, target)
             return
         if value.numel() not in (1, rows.stop - rows.start):
             raise ShapeError(f"{name}: expected one scale or {rows.stop - rows.start}, got {list(value.shape)}")
-        check_finite(name, value)
+        check_scale(name, value, zero=True)  # of a weight of zeros
         pending.scales[tensor, shard] = value.detach().to(torch.float32, copy=True).reshape(-1)
 
     def _pending(self, name: str, tensor: str, unit: int, value: Tensor) -> PendingUnit:
         form = form_of(tensor, value.dtype)
         if unit not in self.pending:
             own = self.slot.scheme.name
+            if form != "bf16" and self.slot.shape.cols is None:
+                raise UnsupportedError(f"{name}: a vector has no {form} form", ["send BF16"])
             if form not in ("bf16", own) and own != "bf16":
                 raise UnsupportedError(
                     f"{name} is stored in {form}, but its layer is computed in {own}",
@@ -170,6 +175,9 @@ class SlotStaging:
         if not self.dry:
             with self.clock("prepare"):
                 self.packed.update(self.slot.packer.derive(self.scales))
+        for key, value in self.packed.items():
+            served = self.slot.tensors[key]
+            assert (value.shape, value.dtype) == (served.shape, served.dtype), f"{self.slot.name}/{key}"
 
     # the ledger
 
@@ -221,3 +229,10 @@ def check_finite(name: str, value: Tensor) -> None:
         finite = bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()) if value.numel() else True
     if not finite:
         raise NonFiniteError(f"{name} holds NaN or infinity")
+
+
+def check_scale(name: str, value: Tensor, *, zero: bool = False) -> None:
+    """Raise `NonFiniteError` unless a scale is finite and positive (or zero, where that has a meaning)."""
+    check_finite(name, value)
+    if bool((value < 0).any()) or not zero and bool((value == 0).any()):
+        raise NonFiniteError(f"{name} must be positive, got {value.min().item()}")

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from msgspec import Struct
-from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...moe import MoeConfig
@@ -48,9 +47,10 @@ class DecoderConfig(Struct, frozen=True):
 class Family(Protocol):
     """One file in `models/`: the architectures it reads, and how."""
 
-    ARCHITECTURES: tuple[str, ...]
+    @property
+    def ARCHITECTURES(self) -> tuple[str, ...]: ...
 
-    def read_config(self, hf: PreTrainedConfig) -> DecoderConfig: ...
+    def read_config(self, hf: Any) -> DecoderConfig: ...
 
 
 def read_common(hf: Any) -> Mapping[str, Any]:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rollmill.engine import ConfigError, Engine, EngineConfig, UnsupportedError
 from rollmill.engine.env import TOGGLES, read_toggle_rows, read_toggles
+from rollmill.engine.schemes import merge_plans
+from rollmill.quant import QuantPlan
 
 TOGGLE = "ROLLMILL_NVFP4_PER_TOKEN_ACTIVATION"
 UPSTREAM = "SGLANG_FLASHINFER_NVFP4_PER_TOKEN_ACTIVATION"
@@ -174,3 +176,10 @@ def test_mixed_precision_checkpoints(modelopt_folder, tmp_path):
         assert found["model.layers.1.mlp.experts.w2"] == found["model.layers.1.self_attn.o_proj"] == "bf16"
         engine.update_weights(parts["bf16"])
         assert engine.digest() == digest
+
+
+def test_a_quantized_checkpoint_says_itself_what_it_keeps():
+    stored = QuantPlan("fp8", keep=("*.gate",))
+    assert merge_plans(EngineConfig(), stored).quant_of(["lm_head"]) == "fp8"
+    assert merge_plans(EngineConfig(keep=["lm_head"]), stored).quant_of(["lm_head"]) == "bf16"
+    assert merge_plans(EngineConfig(quant="fp8"), None).quant_of(["lm_head"]) == "bf16"

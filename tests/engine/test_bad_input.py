@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -216,6 +218,17 @@ def test_a_wrong_source(folder):
         with pytest.raises(ModelError, match="does not exist"):
             engine.update_weights("no/such/folder")
         assert engine.weight_version == "initial"
+
+
+def test_a_closed_engine_frees_its_weights(folder):
+    engine = Engine(folder)
+    weight = weakref.ref(engine.model.slots[0].tensors["weight"])
+    engine.close()
+    gc.collect()
+    assert weight() is None
+    for call in (engine.info, engine.digest):
+        with pytest.raises(ClosedError):
+            call()
 
 
 def test_a_closed_engine(folder):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from textwrap import dedent
 
 import pytest
 import torch
 
-from rollmill.quant import NVFP4, ModelError, RollmillError, UnsupportedError, make_scheme
+from rollmill.quant import NVFP4, ConfigError, ModelError, RollmillError, UnsupportedError, make_scheme
 from rollmill.weight_sync import (
     CoverageError,
     NonFiniteError,
@@ -317,6 +318,108 @@ def test_a_tied_tensor_must_equal_its_twin(cold_load, unchanged, weights_a, weig
     with pytest.raises(ModelError, match="twin.weight is tied to norm.weight"):
         policy.update({"twin.weight": weights_a["norm.weight"], "norm.weight": weights_b["norm.weight"]}, "2")
     check()
+
+
+def test_a_vector_has_no_quantized_form(cold_load, unchanged, weights_a, weights_b):
+    """An FP8 norm once went through, was dequantized to a matrix, and tore the commit."""
+    policy = cold_load(NVFP4_TOKEN, weights_a)
+    check = unchanged(policy)
+    norm = {"norm.weight": torch.zeros(64, dtype=torch.float8_e4m3fn), "norm.weight_scale": torch.tensor(1.0)}
+    with pytest.raises(UnsupportedError, match="norm.weight: a vector has no fp8 form"):
+        policy.update({**weights_b, **norm}, "1")
+    check()
+
+
+@pytest.mark.parametrize("mode", ["staged", "streamed"])
+def test_an_interrupted_commit_serves_nothing_until_a_full_swap(
+    mode, cold_load, snapshot, weights_a, weights_b, monkeypatch
+):
+    """Ctrl-C among the copies of a commit: a mixture of two versions must not answer."""
+    policy = cold_load(NVFP4_TOKEN, weights_a, mode=mode)
+    last, commit = policy.plan.slots[-1], type(policy.plan.slots[-1]).commit
+
+    def interrupted(slot, *staged):
+        if slot is last:
+            raise KeyboardInterrupt
+        commit(slot, *staged)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(last), "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            policy.update(weights_b, "1")
+    assert (policy.version, policy.open_version) == (None, None)
+    with pytest.raises(PoisonedError):
+        policy.check_servable()
+    policy.update(weights_b, "1")
+    policy.check_servable()
+    assert snapshot(policy) == snapshot(cold_load(NVFP4_TOKEN, weights_b))
+
+
+def test_a_partial_streamed_session_is_safe(cold_load, weights_a, weights_b):
+    policy = cold_load(NVFP4_TOKEN, weights_a, mode="streamed")
+    policy.update({"norm.weight": weights_b["norm.weight"]}, "1")
+    policy.check_servable()
+    assert policy.version == "1"
+
+
+def test_a_promised_digest_leaves_the_open_session_alone(cold_load, weights_a, weights_b):
+    policy = cold_load(NVFP4_TOKEN, weights_a)
+    session = policy.begin("5")
+    promised = policy.digest_of(weights_b)
+    with pytest.raises(SessionBusyError, match="'5'"):
+        policy.begin("6")
+    session.load(weights_b)
+    assert session.commit().digest == promised
+
+
+@pytest.mark.parametrize("version", [1, "", b"1", 1.5], ids=repr)
+def test_versions_are_strings(version, cold_load, unchanged, weights_a, weights_b):
+    policy = cold_load(NVFP4_TOKEN, weights_a)
+    check = unchanged(policy)
+    with pytest.raises(ConfigError, match="version"):
+        policy.update(weights_b, version)
+    check()
+
+
+def test_unnamed_versions_never_repeat(cold_load, weights_a, weights_b):
+    policy = cold_load(NVFP4_TOKEN, weights_a, mode="streamed")
+    assert [policy.update(weights_a, version).version for version in ("3", "a", None, "2", None)] == [
+        "3",
+        "a",
+        "4",
+        "2",
+        "5",
+    ]
+    with pytest.raises(CoverageError):
+        policy.update({**weights_b, "ghost": torch.ones(1)}, None)
+    assert policy.update(weights_b, None).version == "6"
+
+
+def test_float32_that_overflows_bf16(cold_load, unchanged, weights_a, weights_b):
+    policy = cold_load(NVFP4_TOKEN, weights_a)
+    check = unchanged(policy)
+    with pytest.raises(NonFiniteError, match="norm.weight"):
+        policy.update({**weights_b, "norm.weight": torch.full((64,), 3.4e38)}, "1")
+    check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("odd_proj.input_scale", 0.0), ("odd_proj.input_scale", -1.0), ("odd_proj.weight_scale_2", -1.0)],
+)
+def test_scales_are_positive(name, value, cold_load, unchanged, weights_a):
+    policy = cold_load(NVFP4("static"), weights_a)
+    check = unchanged(policy)
+    with pytest.raises(NonFiniteError, match=f"{name} must be positive"):
+        policy.update({name: torch.tensor(value)}, "1")
+    check()
+
+
+def test_a_swallowed_error_does_not_pass_for_a_commit(cold_load, weights_a):
+    policy = cold_load(NVFP4_TOKEN, weights_a)
+    with pytest.raises(SessionClosedError, match="aborted"), policy.begin("1") as session, suppress(ShapeError):
+        session.load([("norm.weight", torch.ones(3))])
+    assert policy.version == "cold"
 
 
 def test_memory_that_runs_out_while_staging():

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from ....quant import UnsupportedError
+from ..decoder_config import Family
 from . import llama, mixtral, qwen3, qwen3_moe
 
-FAMILIES: tuple[ModuleType, ...] = (qwen3_moe, qwen3, mixtral, llama)
+FAMILIES: tuple[Family, ...] = (qwen3_moe, qwen3, mixtral, llama)
 
 
-def find_family(architectures: list[str]) -> ModuleType:
+def find_family(architectures: list[str]) -> Family:
     """The family of a config.json's `architectures`."""
     for family in FAMILIES:
         if set(architectures) & set(family.ARCHITECTURES):
