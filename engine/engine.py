@@ -107,7 +107,7 @@ class Engine:
 
     @property
     def weight_version(self) -> str | None:
-        """The policy version being served; None after a streamed swap has failed."""
+        """The policy version being served; None while the engine is poisoned."""
         return self._policy.version
 
     def update_weights(self, source: Source, version: str | None = None) -> UpdateReport:

@@ -29,7 +29,7 @@ class SchemeResolver:
     def __init__(
         self, config: EngineConfig, stored: QuantPlan | None, tensor_names: Collection[str], toggles: Toggles
     ) -> None:
-        self.config, self.toggles, self.stored = config, toggles, stored
+        self.config, self.toggles = config, toggles
         self.plan = merge_plans(config, stored)
         self._with_input_scale = {n.removesuffix(".input_scale") for n in tensor_names if n.endswith(".input_scale")}
         self._modules: list[str] = []
@@ -100,7 +100,7 @@ def merge_plans(config: EngineConfig, stored: QuantPlan | None) -> QuantPlan:
 
 
 def _check_same_format(wanted: QuantName | QuantSpec, stored: QuantPlan) -> None:
-    family = {"nvfp4_w4a16": "nvfp4", "fp8_channel": "fp8_channel"}
+    family = {"nvfp4_w4a16": "nvfp4"}  # one stored form
     if isinstance(wanted, QuantSpec) or stored.layers:
         raise ConfigError(
             "a checkpoint that is quantized layer by layer, or a QuantSpec over a quantized checkpoint, cannot be "

@@ -71,5 +71,5 @@ def plain_slot(
         PlainKernel(scheme, shape, dtype),
         device=capability.device,
         fused=fused,
-        kept=frozenset({scheme.tensor}) if kept else frozenset(),
+        kept=kept,
     )

@@ -49,6 +49,11 @@ class WeightShape(Struct, frozen=True):
     def num_units(self) -> int:
         return 1 if self.units is None else self.units
 
+    @property
+    def unit(self) -> WeightShape:
+        """The shape of one unit of the stack."""
+        return WeightShape(self.rows, self.cols, one_scale=self.one_scale)
+
     def dims(self, *tail: int) -> tuple[int, ...]:
         """`tail` behind the stack dimension, where there is one."""
         return tail if self.units is None else (self.units, *tail)

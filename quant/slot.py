@@ -23,7 +23,8 @@ class WeightSlot:
     """One weight (linear: shards fused along rows; experts: a stack of units) in packed storage that never moves.
 
     `modules[unit][shard]` are the checkpoint's module names; `fused` is the module under which a trainer may send
-    all shards joined along rows (and all units stacked). Only a weight session writes a slot.
+    all shards joined along rows (and all units stacked). A `kept` slot (KV scales) need not come again once loaded.
+    Only a weight session writes a slot.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class WeightSlot:
         *,
         device: torch.device,
         fused: Sequence[str] = (),
-        kept: frozenset[str] = frozenset({"input_scale"}),
+        kept: bool = False,
     ) -> None:
         self.name, self.modules, self.fused = name, tuple(map(tuple, modules)), tuple(fused)
         self.scheme, self.shape, self.packer, self.kept = scheme, shape, packer, kept
@@ -55,11 +56,6 @@ class WeightSlot:
     @property
     def num_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
-
-    @property
-    def unit_shape(self) -> WeightShape:
-        """The shape of one unit of the stack."""
-        return WeightShape(self.shape.rows, self.shape.cols, one_scale=self.shape.one_scale)
 
     def place(self, target: Mapping[str, Tensor], unit: int, packed: Mapping[str, Tensor]) -> None:
         """Write one unit's packed tensors into `target`, which has this slot's packed specs."""

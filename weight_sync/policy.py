@@ -20,14 +20,14 @@ class Policy(ServedWeights):
         super().__init__(plan)
         self.mode: SwapMode = mode
 
-    def begin(self, version: str | None = None, *, full: bool = False) -> WeightSession:
-        """Open a session. `full` demands every slot; the first load and the cure of a poisoned policy do, too."""
+    def begin(self, version: str | None = None) -> WeightSession:
+        """Open a session. The first load, and the cure of a poisoned policy, must bring every slot."""
         if self.open_version is not None:
             raise SessionBusyError(f"a session for version {self.open_version!r} is open; commit or abort it")
         if version is not None and (not isinstance(version, str) or not version):
             raise ConfigError(f"a version is a string that is not empty, got {version!r}")
         version = version or self._next_version()
-        session = WeightSession(self, version, self._mode_for(version), full=full or self.version is None)
+        session = WeightSession(self, version, self._mode_for(version), full=self.version is None)
         self.open_version = version
         return session
 

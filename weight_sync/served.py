@@ -8,8 +8,8 @@ from .plan import SyncPlan
 
 
 class ServedWeights:
-    """State that sessions change. `version` is None before the first load and after a failed streamed swap, of which
-    `poisoned` then tells; `open_version` is that of the one session under way."""
+    """State that sessions change. `version` is None before the first load, and while `poisoned` tells of a streamed
+    swap or a commit that ended half-way; `open_version` is that of the one session under way."""
 
     def __init__(self, plan: SyncPlan) -> None:
         self.plan = plan

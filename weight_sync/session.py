@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from ..quant import ModelError, Plain, RollmillError, WeightSlot
+from ..quant import ModelError, RollmillError, WeightSlot
 from .clock import Clock
 from .digest import tensor_digest, weights_digest
 from .errors import (
@@ -260,7 +260,7 @@ def as_pair(pair: Any) -> tuple[str, Tensor]:
 
 def names_of(slot: WeightSlot) -> list[str]:
     """Every name that a full session must bring for an untouched slot."""
-    if slot.loaded and isinstance(slot.scheme, Plain) and slot.scheme.tensor in slot.kept:
+    if slot.loaded and slot.kept:
         return []
     return SlotStaging(slot, Clock(), dry=True).missing()
 

@@ -107,7 +107,7 @@ class SlotStaging:
     def _buffers(self, form: Form) -> dict[str, Tensor]:
         scheme = {"bf16": self._unquantized, "fp8": FP8(), "nvfp4": NVFP4()}[form]
         device = next(iter(self.slot.tensors.values())).device
-        specs = scheme.matrices(self.slot.unit_shape)
+        specs = scheme.matrices(self.slot.shape.unit)
         return {key: torch.empty(spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()}
 
     @property
@@ -135,7 +135,7 @@ class SlotStaging:
 
     def _stored(self, pending: PendingUnit) -> dict[str, Tensor]:
         """The stored form of one unit in the slot's own scheme."""
-        scheme, shape = self.slot.scheme, self.slot.unit_shape
+        scheme, shape = self.slot.scheme, self.slot.shape.unit
         if pending.form == "bf16":
             return scheme.quantize(pending.matrices[self.primary], shape)
         per_tensor = isinstance(scheme, FP8) and not scheme.per_channel

@@ -51,7 +51,7 @@ class ExactKernel:
 
     def apply(self, x: Tensor, packed: Stored) -> Tensor:
         input_scale = packed.get("input_scale")
-        if input_scale is None or bool((input_scale == input_scale[0]).all()):
+        if input_scale is None or len(input_scale) == 1 or bool((input_scale == input_scale[0]).all()):
             return self._matmul(x, packed["weight"], packed["row_scale"], input_scale)
         parts = [self.shape.shard_slice(shard) for shard in range(len(self.shape.rows))]
         return torch.cat(

@@ -20,7 +20,6 @@ class ReferenceKernel:
 
     def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None:
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
-        self.unit_shape = WeightShape(shape.rows, shape.cols, one_scale=shape.one_scale)
 
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
@@ -36,7 +35,7 @@ class ReferenceKernel:
         return {name: scales[name].clone() for name in self.scheme.scales(self.shape)}
 
     def apply(self, x: Tensor, packed: Stored) -> Tensor:
-        weight = self.scheme.dequantize(packed, self.unit_shape)
+        weight = self.scheme.dequantize(packed, self.shape.unit)
         shards = weight.split(self.shape.rows)
         scales = packed.get("input_scale", [None] * len(shards))
         outs = [F.linear(self._fake_quant(x, scale), shard) for shard, scale in zip(shards, scales, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -44,7 +45,7 @@ class SafetensorsSource:
         return merged
 
 
-def _open(file: Path):  # noqa: ANN202 (safe_open has no importable type)
+def _open(file: Path) -> Any:  # safe_open has no importable type
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
