@@ -1,4 +1,4 @@
-"""Attention over flat tokens, and the KV cache that decode reads."""
+"""What attention of one layer is, the protocol that layers call, and attention within whole sequences."""
 
 from __future__ import annotations
 
@@ -6,75 +6,62 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
+from msgspec import Struct
 from torch import Tensor
 
 
-class Attend(Protocol):
-    """Attention of one layer for the tokens at hand."""
+class AttentionSpec(Struct, frozen=True):
+    """One layer's attention: softmax(scale * q k^T) v over the tokens that a token may see.
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [num_tokens, heads, head_dim], k, v [num_tokens, kv_heads, head_dim] -> like q."""
+    `window`: a token sees itself and the `window - 1` before it; None: all before it. `softcap`: scores become
+    softcap * tanh(scores / softcap) (Gemma 2). A sink (gpt-oss) is a logit a head that takes part in the softmax
+    and has no value.
+    """
+
+    layer: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Attend(Protocol):
+    """Attention for the tokens at hand."""
+
+    def __call__(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """q [num_tokens, heads, key_dim], k and v [num_tokens, kv_heads, key_dim | value_dim], sinks [heads].
+
+        -> [num_tokens, heads, value_dim].
+        """
         ...
 
 
-class KVCache:
-    """Keys and values of a batch: [num_layers, batch, kv_heads, capacity, head_dim] each."""
+class WholeSequences:
+    """Causal attention within each of several whole sequences, without a cache: the reference."""
 
-    def __init__(
-        self,
-        num_layers: int,
-        batch: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_layers, batch, kv_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order; a row may be repeated."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def __call__(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        parts = (x.split(self.lengths) for x in (q, k, v))
+        return torch.cat([_attend_whole(spec, *part, sinks) for part in zip(*parts, strict=True)])
 
 
-class Prefill:
-    """Causal attention within each of several whole sequences; fills `cache` if there is one."""
-
-    def __init__(self, lengths: Sequence[int], cache: KVCache | None = None) -> None:
-        self.lengths, self.cache = list(lengths), cache
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))
-        outs = []
-        for row, (query, key, value) in enumerate(zip(*parts, strict=True)):
-            if self.cache is not None:
-                self.cache.keys[layer, row, :, : key.shape[1]] = key
-                self.cache.values[layer, row, :, : key.shape[1]] = value
-            repeats = query.shape[0] // key.shape[0]
-            key, value = (x.repeat_interleave(repeats, dim=0) for x in (key, value))
-            outs.append(F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[0])
-        return torch.cat(outs, dim=1).transpose(0, 1)
-
-
-class Decode:
-    """One new token a sequence, at `positions` [batch], against the cache."""
-
-    def __init__(self, cache: KVCache, positions: Tensor) -> None:
-        self.cache, self.positions = cache, positions
-        self.rows = torch.arange(len(positions), device=positions.device)
-        self.length = int(positions.max()) + 1
-        visible = torch.arange(self.length, device=positions.device) <= positions[:, None]
-        self.mask = visible[:, None, None]  # [batch, 1, 1, length]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, :, self.positions] = k
-        values[self.rows, :, self.positions] = v
-        grouped = q.unflatten(1, (k.shape[1], -1))  # the heads of a KV head as its queries
-        out = F.scaled_dot_product_attention(
-            grouped, keys[:, :, : self.length], values[:, :, : self.length], attn_mask=self.mask
-        )
-        return out.flatten(1, 2)
+def _attend_whole(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    """Scores and softmax in float32, rounded to q's dtype before the product with v."""
+    grouped = q.unflatten(1, (spec.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, num_tokens, key_dim]
+    scores = (grouped @ k.permute(1, 2, 0)[:, None]).float() * spec.scale
+    if spec.softcap is not None:
+        scores = (scores / spec.softcap).tanh() * spec.softcap
+    at = torch.arange(len(q), device=q.device)
+    visible = at <= at[:, None]
+    if spec.window is not None:
+        visible &= at > at[:, None] - spec.window
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().view(spec.num_kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1)[..., : len(q)].to(q.dtype)
+    return (weights @ v.transpose(0, 1)[:, None]).permute(2, 0, 1, 3).flatten(1, 2)

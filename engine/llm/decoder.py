@@ -13,7 +13,7 @@ from ...moe import RoutedExperts, route
 from ...quant import BF16, Capability, Plain, QuantLinear, WeightSlot, plain_slot
 from ...quant.numerics import decode_fp8, quantize_fp8_activation
 from ..schemes import SchemeResolver
-from .attention import Attend
+from .attention import Attend, AttentionSpec
 from .decoder_config import DecoderConfig
 
 
@@ -98,7 +98,10 @@ class Attention:
     """Grouped-query attention; q, k and v are one fused linear."""
 
     def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_cache: str | None) -> None:
-        self.config, self.layer = config, layer
+        self.config = config
+        self.spec = AttentionSpec(
+            layer, config.num_kv_heads, config.head_dim, config.head_dim, scale=config.head_dim**-0.5
+        )
         prefix = f"model.layers.{layer}.self_attn."
         self.rows = {
             "q_proj": config.num_heads * config.head_dim,
@@ -130,7 +133,7 @@ class Attention:
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if self.kv_scales is not None:
             k, v = (_round_to_fp8(value, scale) for value, scale in zip((k, v), self.kv_scales, strict=True))
-        return self.out(attend(self.layer, q, k, v).flatten(-2))
+        return self.out(attend(self.spec, q, k, v).flatten(-2))
 
 
 def _round_to_fp8(x: Tensor, scale: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..config import SamplingParams
 from ..types import FinishReason
-from .attention import Decode, KVCache, Prefill
+from .attention import WholeSequences
+from .contiguous import Decode, KVCache, Prefill
 from .decoder import Decoder
 from .sampler import sample, seeded_uniforms
 
@@ -148,4 +149,4 @@ def prompt_logits(model: Decoder, prompts: Sequence[Sequence[int]]) -> list[Tens
     lengths = [len(prompt) for prompt in prompts]
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
-    return list(model.logits(model.hidden(ids, positions, Prefill(lengths))).split(lengths))
+    return list(model.logits(model.hidden(ids, positions, WholeSequences(lengths))).split(lengths))
