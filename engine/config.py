@@ -34,28 +34,40 @@ class _Checked(type(Struct)):
                 choices = [repr(choice) for part in (hint, *get_args(hint)) for choice in _choices(part)]
                 possible = f"; possible: {', '.join(choices)}" if choices else ""
                 raise ConfigError(f"{cls.__name__}.{name} = {value!r}: {error}{possible}") from None
+        broken = [bound for bound, holds in made.bounds().items() if not holds]
+        if broken:
+            raise ConfigError(f"{cls.__name__} wants {', '.join(broken)}; got {made}")
         return made
+
+
+class _Settings(Struct, frozen=True, metaclass=_Checked):
+    """What users set. `bounds` says what must hold for the values, once their types are right."""
+
+    def bounds(self) -> dict[str, bool]:
+        return {}
 
 
 def _choices(hint: Any) -> list[Any]:
     return [value for value in get_args(hint) if isinstance(value, str | int | None)]
 
 
-class QuantSpec(Struct, frozen=True, metaclass=_Checked):
+class QuantSpec(_Settings, frozen=True):
     """Quantization by module: `layers` maps patterns over whole dotted names to formats, first match; else `quant`."""
 
     quant: QuantName = "bf16"
     layers: dict[str, QuantName] = {}
 
 
-class EngineConfig(Struct, frozen=True, metaclass=_Checked):
+class EngineConfig(_Settings, frozen=True):
     """How an engine holds and computes its weights.
 
     `quant` None: as the checkpoint says. `activation` None: the checkpoint's static scales where it has them, else
     per token. `keep`: patterns (whole dotted names, `*`) of modules that stay in BF16; None: `lm_head` and routers
     where BF16 weights are quantized, and what the checkpoint keeps where they come quantized. `swap`: "staged" builds a
     second packed copy and swaps atomically; "streamed" keeps none, a failure poisons the engine.
-    `max_batch_size`: sequences that are decoded together.
+    `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one step, so that
+    long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what `max_batch_size` sequences
+    can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings.
     """
 
     quant: QuantName | QuantSpec | None = None
@@ -70,43 +82,84 @@ class EngineConfig(Struct, frozen=True, metaclass=_Checked):
     ep: int = 1
     seed: int = 0
     max_batch_size: int = 256
+    max_step_tokens: int = 2048
+    kv_cache_tokens: int | None = None
+    prefix_cache: bool = True
 
-    def __post_init__(self) -> None:
-        bounds = {"max_batch_size >= 1": self.max_batch_size >= 1, "0 <= seed < 2**31": 0 <= self.seed < 2**31}
-        _check_bounds(self, bounds)
+    def bounds(self) -> dict[str, bool]:
+        return {
+            "1 <= max_batch_size <= max_step_tokens": 1 <= self.max_batch_size <= self.max_step_tokens,
+            "kv_cache_tokens >= 1": self.kv_cache_tokens is None or self.kv_cache_tokens >= 1,
+            "0 <= seed < 2**31": 0 <= self.seed < 2**31,
+        }
 
 
-class SamplingParams(Struct, frozen=True, metaclass=_Checked):
+LogprobMode = Literal["temperature", "sampled", "raw", "processed"]
+
+
+class SamplingParams(_Settings, frozen=True):
     """How completions are drawn.
 
-    `temperature` 0 is greedy (log-probs then at temperature 1); `top_k` 0 and `top_p` 1 switch these off; `seed`
-    None gives every completion its own; completion i of n draws with `seed + i`. `stop`: token ids that end a
-    completion, besides the model's end-of-sequence tokens (unless `ignore_eos`).
+    `temperature` 0 is greedy (log-probs then at temperature 1); `top_k` 0, `top_p` 1 and `min_p` 0 switch these off.
+    Processing goes: `allowed_token_ids`, `logit_bias`, penalties, temperature, top-k, top-p, min-p.
+    `seed` None gives every completion its own, and reports it; completion i of n draws with `seed + i`.
+    `stop`: token ids and strings that end a completion, besides the model's end-of-sequence tokens (unless
+    `ignore_eos`); the text ends before a stop string, the token ids hold all that was drawn.
+    `logprobs`: "temperature" (also called "sampled"): softmax(logits / temperature), without penalties or
+    truncation; "raw": softmax(logits); "processed": what was drawn from. `top_logprobs` many more, in that mode;
+    `prompt_logprobs`: of the prompt's tokens, too ("processed" counts as "temperature" there).
+    `sampling_mask`: which tokens could be drawn.
     """
 
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: Sequence[int] | None = None
     max_new_tokens: int = 256
     seed: int | None = None
-    stop: Sequence[int] = ()
+    stop: Sequence[int | str] | str = ()
     ignore_eos: bool = False
-    logprobs: Literal["sampled"] | None = "sampled"
+    logprobs: LogprobMode | None = "temperature"
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    sampling_mask: bool = False
 
-    def __post_init__(self) -> None:
-        bounds = {
+    def bounds(self) -> dict[str, bool]:
+        return {
             "n >= 1": self.n >= 1,
             "temperature >= 0": self.temperature >= 0,
             "0 < top_p <= 1": 0 < self.top_p <= 1,
             "top_k >= 0": self.top_k >= 0,
+            "0 <= min_p <= 1": 0 <= self.min_p <= 1,
+            "repetition_penalty > 0": self.repetition_penalty > 0,
             "max_new_tokens >= 1": self.max_new_tokens >= 1,
             "0 <= seed < 2**63": self.seed is None or 0 <= self.seed < 2**63,
+            "allowed_token_ids not empty": self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "stop strings not empty": all(self.stop_strings) and self.stop != "",
+            "top_logprobs >= 0": self.top_logprobs >= 0,
         }
-        _check_bounds(self, bounds)
 
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else [one for one in self.stop if isinstance(one, str)]
 
-def _check_bounds(settings: Struct, bounds: dict[str, bool]) -> None:
-    broken = [bound for bound, holds in bounds.items() if not holds]
-    if broken:
-        raise ConfigError(f"{type(settings).__name__} wants {', '.join(broken)}; got {settings}")
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        return frozenset() if isinstance(self.stop, str) else frozenset(t for t in self.stop if isinstance(t, int))
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether bias, allowed tokens or penalties shape the logits."""
+        return (
+            self.allowed_token_ids is not None
+            or bool(self.logit_bias)
+            or self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 import torch
@@ -15,15 +15,25 @@ from torch import Tensor
 from ..quant import UnsupportedError, find_capability
 from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession
 from .checkpoint import Checkpoint
+from .completions import Limits, RequestMaker, each_params, group
 from .config import EngineConfig, SamplingParams
 from .env import read_toggles
-from .errors import ClosedError, RequestError
+from .errors import ClosedError, PausedError, RequestError
+from .llm.attention import WholeSequences
 from .llm.decoder import Decoder, Parts
-from .llm.generation import Draft, generate, make_draft, prompt_logits
+from .llm.kv_cache import KVCache
 from .llm.models import find_family
+from .llm.page_pool import PAGE_SIZE
+from .llm.request import Request
+from .llm.rollouts import PauseMode, Rollouts
+from .progress import show_progress
 from .prompts import Prompts, encode_prompts
 from .schemes import SchemeResolver
-from .types import Completion, VersionSpan
+from .streaming import stream
+from .types import Chunk, Completion
+
+SleepTag = Literal["weights", "kv_cache"]
+KV_CACHE_BYTES = 2 << 30  # the most that the KV cache takes unasked
 
 
 class Engine:
@@ -51,35 +61,90 @@ class Engine:
         self.model = Decoder(self._decoder_config, parts, resolver.plan.kv_cache)
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
-        self._eos = checkpoint.eos_token_ids()
-        self._seeds = itertools.count(self.config.seed << 32)
         self._policy = Policy(_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap)
         report = self._policy.update(checkpoint.source, None)
         self.load_report = msgspec.structs.replace(report, warnings=(*warnings, *report.warnings))
+        num_pages = _num_pages(self.model, self.config)
+        self.rollouts = Rollouts(self.model, self._policy, num_pages, self.config)
+        self._policy.commit_gate = self.rollouts.gate.visit
+        self._policy.on_flip = self.rollouts.weights_changed
+        limits = Limits(self._decoder_config.vocab_size, self._decoder_config.max_position, (num_pages - 1) * PAGE_SIZE)
+        self._maker = RequestMaker(self.tokenizer, checkpoint.eos_token_ids(), limits, self.config.seed << 32)
 
     # rollouts
 
     def generate(
         self,
         prompts: Prompts,
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         return_routed_experts: bool = False,
+        request_id: str | None = None,
+        progress: bool = False,
     ) -> list[Completion]:
-        """Sample `params.n` completions of every prompt, prompt-major."""
+        """Sample `params.n` completions of every prompt, prompt-major.
+
+        `params`: for all prompts, or one for each. `request_id`: what `abort` knows the call by. `progress` shows a
+        bar on stderr. Requests of several threads are decoded together. While the engine is paused this waits for
+        `resume`.
+        """
+        requests = self._requests(prompts, params, request_id, routed=return_routed_experts)
+        if self.rollouts.paused and self.rollouts.pausing_thread == threading.get_ident():
+            raise PausedError("this thread has paused the engine and would wait for itself: call resume() first")
+        with show_progress(requests, shown=progress) as on_step:
+            self.rollouts.run(group(requests), on_step)
+        return [self._maker.complete(request) for request in requests]
+
+    async def agenerate(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        return_routed_experts: bool = False,
+        request_id: str | None = None,
+    ) -> list[Completion]:
+        """`generate` for an event loop; cancelling the task aborts the requests."""
+        requests = self._requests(prompts, params, request_id, routed=return_routed_experts)
+        done: list[Completion | None] = [None] * len(requests)
+        async for chunk in stream(self.rollouts, self._maker, requests):
+            if chunk.completion is not None:
+                done[chunk.index] = chunk.completion
+        return [completion for completion in done if completion is not None]
+
+    def stream(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        return_routed_experts: bool = False,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """`async for chunk in engine.stream(...)`: what each step adds; breaking out aborts the rest."""
+        requests = self._requests(prompts, params, request_id, routed=return_routed_experts, streamed=True)
+        return stream(self.rollouts, self._maker, requests)
+
+    def abort(self, request_id: str | None = None) -> None:
+        """End the requests of this id (or one of its completions, "id-0"), or all; they return what they have."""
+
+        def chosen(request: Request) -> bool:
+            return request_id is None or request_id in (request.id, request.id.rpartition("-")[0])
+
+        self.rollouts.abort(chosen)
+
+    def _requests(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        request_id: str | None,
+        *,
+        routed: bool,
+        streamed: bool = False,
+    ) -> list[Request]:
         self._check_servable()
-        chosen: SamplingParams = params or SamplingParams()
-        limit = self._decoder_config.max_position
-        encoded = encode_prompts(prompts, self.tokenizer, self._decoder_config.vocab_size, limit)
-        drafts = [
-            make_draft(prompt, next(self._seeds) if chosen.seed is None else chosen.seed + i, chosen, limit)
-            for prompt in encoded
-            for i in range(chosen.n)
-        ]
-        stop = frozenset(chosen.stop) | (frozenset() if chosen.ignore_eos else self._eos)
-        for batch in _batches(drafts, self.config.max_batch_size):
-            generate(self.model, batch, chosen, stop, capture_routing=return_routed_experts)
-        return [self._completion(draft, chosen, return_routed_experts) for draft in drafts]
+        config = self._decoder_config
+        encoded = encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position)
+        chosen = each_params(params, len(encoded))
+        return self._maker.make(encoded, chosen, request_id, routed=routed, streamed=streamed)
 
     def score(self, prompts: Prompts, *, temperature: float = 1.0) -> list[Tensor]:
         """Log-probs float32 [len(prompt) - 1] of each token of each prompt, given the tokens before it."""
@@ -101,7 +166,11 @@ class Engine:
         """(token ids, logits) prompt by prompt: logits over a vocabulary are too big to hold for a batch."""
         config = self._decoder_config
         for ids in encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position + 1):
-            yield ids, prompt_logits(self.model, [ids])[0]
+            at = torch.arange(len(ids), device=self.model.device)
+            with self.rollouts.gate.visit(), torch.inference_mode():
+                hidden = self.model.hidden(at.new_tensor(ids), at, WholeSequences([len(ids)]))
+                logits = self.model.logits(hidden)
+            yield ids, logits
 
     # weights
 
@@ -128,6 +197,52 @@ class Engine:
         self._check_open()
         return self._policy.digest() if source is None else self._policy.digest_of(source)
 
+    # pausing and sleeping
+
+    def pause(self, mode: PauseMode = "keep") -> None:
+        """Stop generating between two steps, until `resume`; requests that come meanwhile wait.
+
+        "keep": running requests keep their keys and values; "retract": they give them up and are computed again;
+        "abort": all requests end now and return what they have.
+        """
+        if mode not in get_args(PauseMode):
+            raise RequestError(f"pause mode {mode!r}; possible: {', '.join(get_args(PauseMode))}")
+        self._check_open()
+        self.rollouts.pause(mode)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._check_open()
+        self.rollouts.resume()
+
+    def sleep(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
+        """Give memory back: of "weights" (scales that no trainer sends are kept), of the "kv_cache", or of both.
+
+        Running requests wait, and are computed again when both are there. Sleeping twice changes nothing.
+        """
+        self._check_tags(tags)
+        self.rollouts.free_cache()
+        if "weights" in tags:
+            with self.rollouts.gate.visit():
+                self._policy.sleep()
+        if "kv_cache" not in tags:
+            self.rollouts.allocate_cache()
+
+    def wake(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
+        """Take the memory again. Weights come back empty: nothing is generated until a full `update_weights`."""
+        self._check_tags(tags)
+        if "weights" in tags:
+            with self.rollouts.gate.visit():
+                self._policy.wake()
+        if "kv_cache" in tags:
+            self.rollouts.allocate_cache()
+
+    def _check_tags(self, tags: Sequence[SleepTag]) -> None:
+        self._check_open()
+        wrong = sorted(set(tags) - set(get_args(SleepTag)))
+        if wrong:
+            raise RequestError(f"tags {wrong}; possible: {', '.join(get_args(SleepTag))}")
+
     # life
 
     def info(self) -> dict[str, Any]:
@@ -145,14 +260,16 @@ class Engine:
             "quant": sorted({slot.scheme.name for slot in slots}),
             "activation": sorted({slot.scheme.activation for slot in slots} - {"none"}),
             "weight_bytes": sum(slot.num_bytes for slot in slots),
+            **self.rollouts.info(),
             "warnings": list(self.load_report.warnings),
         }
 
     def close(self) -> None:
         """Free the weights; the engine cannot be used afterwards."""
         if not self._policy.closed:
+            self.rollouts.close()
             self._policy.close()
-            del self.model
+            del self.model, self.rollouts
 
     def __enter__(self) -> Self:
         return self
@@ -169,23 +286,6 @@ class Engine:
     def _check_servable(self) -> None:
         self._check_open()
         self._policy.check_servable()
-
-    def _completion(self, draft: Draft, params: SamplingParams, routed: bool) -> Completion:
-        assert draft.finish_reason is not None
-        assert self.weight_version is not None
-        text = None
-        if self.tokenizer is not None:
-            text = str(self.tokenizer.decode(draft.token_ids, skip_special_tokens=True))
-        return Completion(
-            prompt_token_ids=list(draft.prompt),
-            token_ids=draft.token_ids,
-            text=text,
-            finish_reason=draft.finish_reason,
-            logprobs=None if params.logprobs is None else torch.tensor(draft.logprobs),
-            weight_versions=[VersionSpan(self.weight_version, 0, len(draft.token_ids))],
-            routed_experts=torch.cat(draft.routed) if routed and draft.routed else None,
-            seed=draft.seed,
-        )
 
 
 def _check_supported(config: EngineConfig) -> None:
@@ -205,5 +305,11 @@ def _sync_plan(model: Decoder, kv_cache: str | None) -> SyncPlan:
     )
 
 
-def _batches(drafts: Sequence[Draft], size: int) -> Iterable[Sequence[Draft]]:
-    return (drafts[start : start + size] for start in range(0, len(drafts), size))
+def _num_pages(model: Decoder, config: EngineConfig) -> int:
+    """Pages of the KV cache, and one that pads."""
+    tokens = config.kv_cache_tokens
+    if tokens is None:
+        wanted = config.max_batch_size * model.config.max_position
+        per_token = KVCache.bytes_per_token(model.attention_specs, model.routing, model.dtype)
+        tokens = min(wanted, KV_CACHE_BYTES // per_token)
+    return -(-tokens // PAGE_SIZE) + 1

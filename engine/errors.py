@@ -2,6 +2,7 @@
 
 from ..quant import ConfigError, ModelError, RollmillError, UnsupportedError
 from ..weight_sync import (
+    AsleepError,
     CoverageError,
     NonFiniteError,
     PoisonedError,
@@ -18,16 +19,22 @@ class RequestError(RollmillError):
     """A prompt or sampling parameter that cannot be served."""
 
 
+class PausedError(RollmillError):
+    """The engine was paused by the very thread that now asks it to generate: it would wait for itself."""
+
+
 class ClosedError(RollmillError):
     """The engine has been closed."""
 
 
 __all__ = [
+    "AsleepError",
     "ClosedError",
     "ConfigError",
     "CoverageError",
     "ModelError",
     "NonFiniteError",
+    "PausedError",
     "PoisonedError",
     "RequestError",
     "RollmillError",

@@ -1,6 +1,7 @@
 """From anywhere into slots: sources, the plan, the session, digests."""
 
 from .errors import (
+    AsleepError,
     CoverageError,
     NonFiniteError,
     PoisonedError,
@@ -21,6 +22,7 @@ from .sources.safetensors_files import SafetensorsSource
 from .sources.tensors import TensorSource
 
 __all__ = [
+    "AsleepError",
     "INITIAL_VERSION",
     "CoverageError",
     "FlatBucketSource",

@@ -56,3 +56,7 @@ class StagingMemoryError(RollmillError):
 def _listed(names: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+class AsleepError(RollmillError):
+    """The weights were put to sleep, or woke up empty; nothing is generated until they are there again."""

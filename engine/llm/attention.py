@@ -45,8 +45,8 @@ class WholeSequences:
         self.lengths = list(lengths)
 
     def __call__(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        parts = (x.split(self.lengths) for x in (q, k, v))
-        return torch.cat([_attend_whole(spec, *part, sinks) for part in zip(*parts, strict=True)])
+        parts = zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True)
+        return torch.cat([_attend_whole(spec, *part, sinks) for part in parts])
 
 
 def _attend_whole(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:

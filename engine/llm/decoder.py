@@ -205,8 +205,14 @@ class Decoder:
         self.slots = parts.slots
 
     @property
-    def num_moe_layers(self) -> int:
-        return sum(isinstance(layer.mlp, SparseMLP) for layer in self.layers)
+    def routing(self) -> tuple[int, int]:
+        """(layers with routed experts, experts a token): the shape of one token's routed experts."""
+        moe = self.config.moe
+        return sum(isinstance(layer.mlp, SparseMLP) for layer in self.layers), 0 if moe is None else moe.top_k
+
+    @property
+    def attention_specs(self) -> list[AttentionSpec]:
+        return [layer.attention.spec for layer in self.layers]
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend, routed: list[Tensor] | None = None) -> Tensor:
         """ids, positions int64 [num_tokens] -> final hidden states [num_tokens, hidden_size].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
@@ -78,10 +79,23 @@ def test_logprobs_can_be_left_out(engine):
     assert engine.generate([PROMPTS[0]], SamplingParams(max_new_tokens=2, logprobs=None))[0].logprobs is None
 
 
+class Row(msgspec.Struct):
+    """What the sampler reads of a request."""
+
+    params: SamplingParams
+    number: float
+    prompt: list[int] = []
+    new_tokens: list[int] = []
+
+    def uniform(self) -> float:
+        return self.number
+
+
 def frequencies(params, draws=40000):
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -30.0]]).expand(draws, -1)
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ids, logprobs = sample(logits, params, uniforms)
+    drawn = sample(logits, [Row(params, u) for u in uniforms.tolist()])
+    ids, logprobs = torch.tensor([d.token for d in drawn]), torch.tensor([d.logprob for d in drawn])
     return torch.bincount(ids, minlength=6) / draws, ids, logprobs, logits[0]
 
 
@@ -109,5 +123,5 @@ def test_the_distribution_of_samples(params, allowed):
 @pytest.mark.parametrize("params", [SamplingParams(top_k=2), SamplingParams(top_p=0.5)], ids=["top_k", "top_p"])
 def test_the_largest_uniform_stays_within_the_allowed_tokens(params):
     logits = torch.tensor([[1.0, 0.0, 0.5, -2.0]])
-    ids, _ = sample(logits, params, torch.tensor([1 - 2.0**-53], dtype=torch.float64))
-    assert ids.item() == 2  # the last of tokens 0 and 2
+    (drawn,) = sample(logits, [Row(params, 1 - 2.0**-53)])
+    assert drawn.token == 2  # the last of tokens 0 and 2

@@ -1,0 +1,84 @@
+"""`KVCache`: keys, values and routed experts of all tokens in flight, in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...quant import UnsupportedError
+from .attention import AttentionSpec
+from .page_pool import PAGE_SIZE
+
+
+class KVCache:
+    """A slot (page * PAGE_SIZE + offset) holds one token's keys and values in all layers, and its routed experts.
+
+    keys, values: [num_layers, num_slots, kv_heads, key_dim | value_dim]; routed: int16 [num_slots, num_moe_layers,
+    top_k]. Pages are zeroed when they are handed out: attention reads whole pages, and zero times what an earlier
+    request left there must be zero.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        routing: tuple[int, int],
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shapes = {(spec.num_kv_heads, spec.key_dim, spec.value_dim) for spec in specs}
+        if len(shapes) != 1:
+            raise UnsupportedError(
+                f"a KV cache for layers of {len(shapes)} shapes", ["all layers must have equal KV heads and sizes"]
+            )
+        heads, key_dim, value_dim = shapes.pop()
+        slots = num_pages * PAGE_SIZE
+        self.keys = torch.empty(len(specs), slots, heads, key_dim, dtype=dtype, device=device)
+        self.values = torch.empty(len(specs), slots, heads, value_dim, dtype=dtype, device=device)
+        self.routed = torch.empty(slots, *routing, dtype=torch.int16, device=device)
+        self.clear([0])
+
+    @staticmethod
+    def bytes_per_token(specs: Sequence[AttentionSpec], routing: tuple[int, int], dtype: torch.dtype) -> int:
+        values = sum(spec.num_kv_heads * (spec.key_dim + spec.value_dim) for spec in specs)
+        return values * dtype.itemsize + routing[0] * routing[1] * torch.int16.itemsize
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, self.routed
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held now."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+
+    def free(self) -> None:
+        """Give the memory back; the tensors stay and are empty."""
+        for tensor in self.tensors:
+            tensor.untyped_storage().resize_(0)
+
+    def allocate(self) -> None:
+        """Take memory again after `free`."""
+        for tensor in self.tensors:
+            tensor.untyped_storage().resize_(tensor.nbytes)
+        self.clear([0])
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero these pages."""
+        at = torch.tensor(pages, device=self.keys.device)
+        for tensor in (self.keys, self.values):
+            tensor.unflatten(1, (-1, PAGE_SIZE))[:, at] = 0
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one page onto another."""
+        for tensor in (self.keys.unflatten(1, (-1, PAGE_SIZE)), self.values.unflatten(1, (-1, PAGE_SIZE))):
+            tensor[:, target] = tensor[:, source]
+        routed = self.routed.unflatten(0, (-1, PAGE_SIZE))
+        routed[target] = routed[source]
+
+    def routed_of(self, pages: Sequence[int], count: int) -> Tensor:
+        """Routed experts int16 [count, num_moe_layers, top_k] of a sequence's first `count` tokens."""
+        at = torch.tensor(pages, dtype=torch.long, device=self.routed.device)
+        return self.routed.unflatten(0, (-1, PAGE_SIZE))[at].flatten(0, 1)[:count].cpu()

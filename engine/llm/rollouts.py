@@ -1,0 +1,246 @@
+"""`Rollouts`: runs requests step by step. Any thread may drive it; commits and pauses come between two steps."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...weight_sync import Policy
+from ..config import EngineConfig
+from ..errors import AsleepError
+from .decoder import Decoder
+from .kv_cache import KVCache
+from .page_pool import PAGE_SIZE, PagePool
+from .paged_attention import PagedAttention, Span
+from .request import Request
+from .sampler import sample
+from .scheduler import Chunk, Scheduler
+from .step_gate import StepGate
+
+PauseMode = Literal["keep", "retract", "abort"]
+LOGIT_ROWS = 256  # rows of logits over the vocabulary at a time, for prompt log-probs
+POLL_SECONDS = 0.02  # how often a blocked driver looks whether it may go on
+
+
+class Rollouts:
+    """The requests in flight, their scheduler and their KV cache.
+
+    `run` drives steps in the calling thread until its own requests end; `serve` starts a thread that drives whatever
+    is submitted. Both may be at work at once.
+    """
+
+    def __init__(self, model: Decoder, policy: Policy, num_pages: int, config: EngineConfig) -> None:
+        self.model, self.policy = model, policy
+        self.gate = StepGate()
+        self.cache = KVCache(model.attention_specs, model.routing, num_pages, model.dtype, model.device)
+        self.scheduler = Scheduler(self.cache, PagePool(num_pages), config)
+        self.paused = False
+        self.pausing_thread: int | None = None
+        self._inbox: deque[Request] = deque()
+        self._work = threading.Event()
+        self._server: threading.Thread | None = None
+        self._closed = False
+
+    # requests
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests (siblings come with the first of their group); never waits for a step."""
+        self._inbox.extend(requests)
+        self._work.set()
+
+    def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> None:
+        """Submit requests and drive steps until they and their siblings have ended; on an error they are aborted."""
+        everyone = [one for request in requests for one in (request, *request.siblings)]
+        self.submit(requests)
+        try:
+            for request in everyone:
+                while not request.finished:
+                    self._drive()
+                    if on_step is not None:
+                        on_step()
+        except BaseException:
+            mine = {id(request) for request in everyone}
+            self.abort(lambda request: id(request) in mine)
+            raise
+
+    def abort(self, chosen: Callable[[Request], bool]) -> None:
+        """End the requests that `chosen` picks among all in flight; they keep what they have."""
+        with self.gate.visit():
+            self._take_inbox()
+            gone = [request for request in self._in_flight() if chosen(request)]
+            self.scheduler.abort(gone)
+            for request in gone:
+                _notify(request)
+
+    def _in_flight(self) -> Iterator[Request]:
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            yield from (request, *request.siblings)
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            self.scheduler.waiting.append(self._inbox.popleft())
+
+    # driving
+
+    def _drive(self) -> None:
+        """One step, or a short wait while the engine is paused, asleep or in another thread's step."""
+        with self.gate.step():
+            if self._may_step():
+                self.step()
+                return
+        threading.Event().wait(POLL_SECONDS)
+
+    def _may_step(self) -> bool:
+        if self.paused:
+            return False
+        try:
+            self.policy.check_servable()
+        except AsleepError:
+            return False
+        return True
+
+    def serve(self) -> None:
+        """Drive submitted requests in a thread of the engine's own, from now on."""
+        if self._server is None:
+            self._server = threading.Thread(target=self._serve, name="rollmill-rollouts", daemon=True)
+            self._server.start()
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._work.wait()
+            self._work.clear()
+            while not self._closed and (self._inbox or self.scheduler.num_unfinished):
+                try:
+                    self._drive()
+                except Exception as error:  # whoever waits for these requests must hear of it
+                    self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self.gate.visit():
+            self._take_inbox()
+            gone = list(self._in_flight())
+            self.scheduler.abort(gone)
+            for request in gone:
+                request.error = error
+                _notify(request)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Compute one step of all requests in flight and draw their next tokens."""
+        self._take_inbox()
+        chunks = self.scheduler.next_chunks()
+        if not chunks:
+            return
+        device = self.model.device
+        attend = PagedAttention(self.cache, [Span(c.request.pages, c.start, c.end) for c in chunks])
+        ids = torch.tensor([token for c in chunks for token in c.request.tokens[c.start : c.end]], device=device)
+        positions = torch.tensor([at for c in chunks for at in range(c.start, c.end)], device=device)
+        routed: list[Tensor] = []
+        hidden = self.model.hidden(ids, positions, attend, routed)
+        if routed:
+            self.cache.routed[attend.slots] = torch.stack(routed, dim=1).to(torch.int16)
+        for chunk, rows in zip(chunks, hidden.split([c.end - c.start for c in chunks]), strict=True):
+            self._score_prompt(chunk, rows)
+            self.scheduler.advance(chunk)
+        self._draw(chunks, hidden)
+
+    def _draw(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        ends = torch.tensor([c.end - c.start for c in chunks], device=hidden.device).cumsum(0) - 1
+        last = [row for row, chunk in enumerate(chunks) if chunk.draws]
+        if not last:
+            return
+        logits = self.model.logits(hidden[ends[last]])
+        rows, requests = [], []
+        for row, index in enumerate(last):
+            group = [chunks[index].request, *self.scheduler.fork(chunks[index].request)]
+            requests += group
+            rows += [row] * len(group)
+        if len(rows) > len(last):
+            logits = logits[rows]
+        version = self.policy.version
+        assert version is not None
+        for request, draw in zip(requests, sample(logits, requests), strict=True):
+            request.accept(draw, version)
+            if request.finished:
+                self.scheduler.finish(request)
+            _notify(request)
+
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Log-probs of the prompt tokens that follow the chunk's, where they are wanted."""
+        request = chunk.request
+        if not request.wants_prompt_logprobs:
+            return
+        following = request.prompt[chunk.start + 1 : chunk.end + 1]
+        temperature = 1.0 if request.params.logprobs == "raw" else request.params.temperature or 1.0
+        for start in range(0, len(following), LOGIT_ROWS):
+            ids = torch.tensor(following[start : start + LOGIT_ROWS], device=hidden.device)[:, None]
+            logits = self.model.logits(hidden[start : start + len(ids)]) / temperature
+            request.prompt_logprobs.append((logits.gather(-1, ids)[:, 0] - logits.logsumexp(-1)).cpu())
+
+    # between steps
+
+    def weights_changed(self) -> None:
+        """Called inside a commit: cached prefixes belong to the weights before."""
+        self.scheduler.forget_prefixes()
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stop between two steps. "keep": running requests keep their KV; "retract": they give it up and wait, to be
+        computed again; "abort": all requests end with what they have."""
+        with self.gate.visit():
+            self.paused, self.pausing_thread = True, threading.get_ident()
+            self._take_inbox()
+            if mode == "retract":
+                self._retract_all()
+            if mode == "abort":
+                gone = list(self._in_flight())
+                self.scheduler.abort(gone)
+                for request in gone:
+                    _notify(request)
+
+    def resume(self) -> None:
+        self.paused, self.pausing_thread = False, None
+        self._work.set()
+
+    def _retract_all(self) -> None:
+        for request in reversed(self.scheduler.running):
+            self.scheduler.retract(request)
+
+    def free_cache(self) -> None:
+        """Give the KV cache's memory back; running requests are computed again once it is there again."""
+        with self.gate.visit():
+            self._retract_all()
+            self.scheduler.pool.forget_prefixes()
+            self.cache.free()
+
+    def allocate_cache(self) -> None:
+        with self.gate.visit():
+            self.cache.allocate()
+
+    def info(self) -> dict[str, int | bool]:
+        """Figures of the moment, for people."""
+        pool = self.scheduler.pool
+        return {
+            "paused": self.paused,
+            "requests": self.scheduler.num_unfinished + len(self._inbox),
+            "kv_cache_bytes": self.cache.num_bytes,
+            "kv_cache_tokens": (pool.num_pages - 1) * PAGE_SIZE,
+            "kv_cache_tokens_free": pool.num_available * PAGE_SIZE,
+            "prefix_cache_tokens": pool.num_cached * PAGE_SIZE,
+            "preemptions": self.scheduler.num_preemptions,
+        }
+
+    def close(self) -> None:
+        """End all requests and the engine's thread."""
+        self.abort(lambda request: True)
+        self._closed = True
+        self._work.set()
+
+
+def _notify(request: Request) -> None:
+    if request.on_change is not None:
+        request.on_change(request)

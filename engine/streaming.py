@@ -1,0 +1,56 @@
+"""Requests driven by the engine's own thread, awaited in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from .completions import RequestMaker, group
+from .llm.request import Request
+from .llm.rollouts import Rollouts
+from .types import Chunk
+
+
+async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
+    """Chunks as steps make them. Leaving the iteration early, or cancelling it, aborts what has not ended."""
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
+    places = {id(request): index for index, request in enumerate(requests)}
+    given = [0] * len(requests)
+
+    def put(item: Chunk | Exception) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
+    def on_change(request: Request) -> None:  # called in the stepping thread
+        if request.error is not None:
+            put(request.error)
+            return
+        index = places[id(request)]
+        put(_chunk(maker, request, index, given[index]))
+        given[index] = request.num_new
+
+    for request in requests:
+        request.on_change = on_change
+    rollouts.serve()
+    rollouts.submit(group(requests))
+    left = len(requests)
+    try:
+        while left:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            left -= item.completion is not None
+            yield item
+    finally:
+        if left:
+            rollouts.abort(lambda request: id(request) in places)
+
+
+def _chunk(maker: RequestMaker, request: Request, index: int, start: int) -> Chunk:
+    return Chunk(
+        index=index,
+        token_ids=request.new_tokens[start:],
+        logprobs=request.logprobs[start:],
+        text=None if request.text is None else request.text.take(final=request.finished),
+        completion=maker.complete(request) if request.finished else None,
+    )
