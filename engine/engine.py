@@ -53,7 +53,7 @@ class Engine:
         self.tokenizer = checkpoint.tokenizer()
         self._eos = checkpoint.eos_token_ids()
         self._seeds = itertools.count(self.config.seed << 32)
-        self._policy = Policy(_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap)
+        self._policy = Policy(_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap, self.config.master)
         report = self._policy.update(checkpoint.source, None)
         self.load_report = msgspec.structs.replace(report, warnings=(*warnings, *report.warnings))
 
@@ -128,6 +128,32 @@ class Engine:
         self._check_open()
         return self._policy.digest() if source is None else self._policy.digest_of(source)
 
+    # what a kept master gives (EngineConfig(master="host"))
+
+    def update_lora(
+        self, source: Source, alpha: float | None = None, rank: int | None = None, version: str | None = None
+    ) -> UpdateReport:
+        """Merge an adapter into the base weights, in place of the adapter before, and requantize; all or nothing.
+
+        `source`: a dict or iterator in PEFT's names (`...q_proj.lora_A.weight` [rank, in], `lora_B` [out, rank]), or
+        PEFT's folder, whose adapter_config.json says `alpha` and `rank` where these are None.
+        """
+        self._check_open()
+        return self._policy.update_lora(source, alpha, rank, version)
+
+    def remove_lora(self, version: str | None = None) -> UpdateReport:
+        """Take the adapter off: the bytes are those of the base weights again."""
+        self._check_open()
+        return self._policy.remove_lora(version)
+
+    def quantization_error(self) -> dict[str, float]:
+        """Layer -> ||dequantize(quantize(W)) - W|| / ||W|| (Frobenius), W the BF16 weights that are served.
+
+        Layers that came quantized have no BF16 to compare with and are not listed, nor are unquantized ones.
+        """
+        self._check_open()
+        return self._policy.quantization_error()
+
     # life
 
     def info(self) -> dict[str, Any]:
@@ -145,6 +171,7 @@ class Engine:
             "quant": sorted({slot.scheme.name for slot in slots}),
             "activation": sorted({slot.scheme.activation for slot in slots} - {"none"}),
             "weight_bytes": sum(slot.num_bytes for slot in slots),
+            "master_bytes": self._policy.master_bytes,
             "warnings": list(self.load_report.warnings),
         }
 

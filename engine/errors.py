@@ -2,6 +2,7 @@
 
 from ..quant import ConfigError, ModelError, RollmillError, UnsupportedError
 from ..weight_sync import (
+    AsleepError,
     CoverageError,
     NonFiniteError,
     PoisonedError,
@@ -23,6 +24,7 @@ class ClosedError(RollmillError):
 
 
 __all__ = [
+    "AsleepError",
     "ClosedError",
     "ConfigError",
     "CoverageError",

@@ -1,6 +1,7 @@
 """From anywhere into slots: sources, the plan, the session, digests."""
 
 from .errors import (
+    AsleepError,
     CoverageError,
     NonFiniteError,
     PoisonedError,
@@ -11,6 +12,7 @@ from .errors import (
     StaleVersionError,
     TransportError,
 )
+from .master import MasterPlace
 from .messages import UpdateReport
 from .plan import SyncPlan, Target
 from .policy import INITIAL_VERSION, Policy
@@ -22,9 +24,11 @@ from .sources.tensors import TensorSource
 
 __all__ = [
     "INITIAL_VERSION",
+    "AsleepError",
     "CoverageError",
     "FlatBucketSource",
     "FlatEntry",
+    "MasterPlace",
     "NonFiniteError",
     "Policy",
     "PoisonedError",

@@ -11,14 +11,17 @@ class CoverageError(RollmillError):
     """A session did not deliver every tensor of every touched layer exactly once."""
 
     def __init__(
-        self, missing: Sequence[str] = (), unexpected: Sequence[str] = (), duplicate: Sequence[str] = ()
+        self,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        duplicate: Sequence[str] = (),
+        *,
+        rule: str = "a session brings every tensor of the layers that it touches, once, and no other",
     ) -> None:
         self.missing, self.unexpected, self.duplicate = tuple(missing), tuple(unexpected), tuple(duplicate)
         lists = {"missing": self.missing, "unexpected": self.unexpected, "duplicate": self.duplicate}
         parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in lists.items() if names]
-        super().__init__(
-            "a session brings every tensor of the layers that it touches, once, and no other; " + "; ".join(parts)
-        )
+        super().__init__("; ".join([rule, *parts]))
 
 
 class ShapeError(RollmillError):
@@ -47,6 +50,10 @@ class TransportError(RollmillError):
 
 class PoisonedError(RollmillError):
     """A streamed swap failed half-way: no complete version is in place until a full swap succeeds."""
+
+
+class AsleepError(RollmillError):
+    """The weights have been let go (`sleep`), or are back (`wake`) but hold nothing until a full swap."""
 
 
 class StagingMemoryError(RollmillError):
