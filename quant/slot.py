@@ -58,6 +58,11 @@ class WeightSlot:
         """Bytes of packed storage: none while released."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors.values())
 
+    def unreleasable(self) -> str | None:
+        """Why the packed storage cannot be freed, or None."""
+        pinned = [key for key, t in self.tensors.items() if not self.kept and not t.untyped_storage().resizable()]
+        return f"{self.name}: a numpy view or another process shares {', '.join(pinned)}" if pinned else None
+
     def release(self) -> None:
         """Free the packed storage. Tensor objects, scales and digests stay; a kept slot stays as it is."""
         if not self.kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -155,8 +155,3 @@ def _twin(name: str) -> str:
     """The other half of a pair."""
     head, side, tail = re.split(r"(?<=\.lora_)([AB])(?=\.)", name)
     return head + {"A": "B", "B": "A"}[side] + tail
-
-
-def module_names(slots: Iterable[WeightSlot]) -> Iterator[str]:
-    """The slots by name, in order, for messages."""
-    return iter(sorted({slot.name for slot in slots}))

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..quant import ModelError, Plain, WeightSlot
-from .lora import Adapter, module_names
+from .lora import Adapter
 
 MasterPlace = Literal["host"]
 Units = Sequence[Tensor]  # unit by unit [num_rows, cols] BF16 (or the dtype of an unquantized slot), host
@@ -33,7 +33,7 @@ class Master:
                 self.weights.pop(slot, None)
             else:
                 self.weights[slot] = units
-        return list(module_names(slot for slot in received if self.adapter.factors.pop(slot, None) is not None))
+        return sorted(slot.name for slot in received if self.adapter.factors.pop(slot, None) is not None)
 
     def merged(self, slot: WeightSlot, unit: int, adapter: Adapter | None = None) -> Tensor:
         """One unit with `adapter` (None: the one being served) merged in."""
@@ -52,7 +52,7 @@ class Master:
     def touched(self, adapter: Adapter) -> list[WeightSlot]:
         """The slots that change when `adapter` takes the place of the one being served."""
         slots = {**self.adapter.factors, **adapter.factors}
-        bare = list(module_names(slots.keys() - self.weights.keys()))
+        bare = sorted(slot.name for slot in slots.keys() - self.weights.keys())
         if bare:
             raise ModelError(
                 f"no BF16 weights to merge an adapter into: {', '.join(bare)} came quantized; "

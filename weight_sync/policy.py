@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from ..quant import ConfigError, ModelError
+from ..quant import ConfigError, ModelError, UnsupportedError
 from .errors import SessionBusyError, StagingMemoryError
 from .lora import Adapter, read_adapter
 from .master import Master, MasterPlace
@@ -122,6 +122,9 @@ class Policy(ServedWeights):
             self._check_idle()
             if self.state == "asleep":
                 return
+            reasons = [why for slot in self.plan.slots if (why := slot.unreleasable()) is not None]
+            if reasons:
+                raise UnsupportedError("these weights cannot be put to sleep", reasons)
             with self.commit_gate():
                 self._slept_version, self.version, self.state = self.version, None, "asleep"
                 self._release()

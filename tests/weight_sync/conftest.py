@@ -130,9 +130,9 @@ def cold_load(make_policy: MakePolicy) -> Callable[..., Policy]:
 
 
 def snapshot_of(policy: Policy) -> dict[str, bytes]:
-    """Every served byte, by slot and tensor."""
+    """Every served byte, by slot and tensor; of clones, since torch does not free what numpy has seen."""
     return {
-        f"{slot.name}/{next(iter(slot.matrices))}/{key}": t.contiguous().view(torch.uint8).numpy().tobytes()
+        f"{slot.name}/{next(iter(slot.matrices))}/{key}": t.clone().contiguous().view(torch.uint8).numpy().tobytes()
         for slot in policy.plan.slots
         for key, t in [*slot.tensors.items(), *slot.scales.items()]
     }

@@ -20,7 +20,7 @@ from rollmill.weight_sync import (
 )
 
 NVFP4_TOKEN = NVFP4()
-SCHEMES = [make_scheme("bf16"), make_scheme("fp8", "static"), make_scheme("fp8_channel"), NVFP4(), NVFP4("static")]
+SCHEMES = [make_scheme("bf16"), make_scheme("fp8", "static"), make_scheme("fp8_channel"), NVFP4("static")]
 MODULES = {
     "one_of_fused": ["q_proj"],
     "dense": ["k_proj", "v_proj", "gate_proj", "odd_proj"],
@@ -66,7 +66,7 @@ def load(cold_load):
 def test_a_merged_adapter_equals_a_cold_load_of_merged_weights(
     scheme, modules, load, cold_load, snapshot, addresses, weights_a
 ):
-    policy, places = load(scheme, weights_a), None
+    policy = load(scheme, weights_a)
     base, places = snapshot(policy), addresses(policy)
     adapter = make_adapter(weights_a, modules)
     report = policy.update_lora(adapter, ALPHA, RANK, "lora")
@@ -156,7 +156,7 @@ FAULTS = {
     "dtype": (lambda good: {**good, A: good[A].long()}, ShapeError, "int64"),
     "nan": (lambda good: {**good, B: NAN}, NonFiniteError, "lora_B.weight holds NaN"),
     "overflow": (
-        lambda good: {name: factor * 1e19 for name, factor in good.items()},
+        lambda good: {name: factor * 3e20 for name, factor in good.items()},
         NonFiniteError,
         r"q_proj\.weight holds NaN or infinity",
     ),
@@ -169,9 +169,11 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
-@pytest.mark.parametrize(("broken", "error", "message"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_broken_adapter_changes_nothing(mode, broken, error, message, load, snapshot, weights_a):
+@pytest.mark.parametrize(
+    ("fault", "mode"), [*((fault, "staged") for fault in FAULTS), ("dies", "streamed"), ("overflow", "streamed")]
+)
+def test_a_broken_adapter_changes_nothing(fault, mode, load, snapshot, weights_a):
+    broken, error, message = FAULTS[fault]
     policy = load(NVFP4_TOKEN, weights_a, mode)
     base = snapshot(policy)
     good = make_adapter(weights_a, ["q_proj"])
@@ -179,8 +181,9 @@ def test_a_broken_adapter_changes_nothing(mode, broken, error, message, load, sn
     before = snapshot(policy), policy.version, policy.digest(), policy.master_bytes
     with pytest.raises(error, match=message):
         policy.update_lora(broken(good), ALPHA, RANK, "2")
-    if mode == "streamed" and message.startswith("q_proj"):  # found while writing: streamed mode says so
-        assert policy.version is None
+    if (fault, mode) == ("overflow", "streamed"):  # seen after the first write
+        with pytest.raises(PoisonedError):
+            policy.check_servable()
         return
     assert (snapshot(policy), policy.version, policy.digest(), policy.master_bytes) == before
     policy.check_servable()
