@@ -5,6 +5,7 @@ from ..weight_sync import UpdateReport, WeightSession, WeightSource
 from .config import EngineConfig, QuantSpec, SamplingParams
 from .engine import Engine
 from .errors import (
+    AsleepError,
     ClosedError,
     ConfigError,
     CoverageError,
@@ -24,6 +25,7 @@ from .errors import (
 from .types import Completion, VersionSpan
 
 __all__ = [
+    "AsleepError",
     "ClosedError",
     "Completion",
     "ConfigError",

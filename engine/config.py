@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from ..quant import Activation, ConfigError, QuantName
-from ..weight_sync import SwapMode
+from ..weight_sync import MasterPlace, SwapMode
 
 DTypeName = Literal["bfloat16", "float32"]
 DEFAULT_KEEP = ("lm_head", "*.gate")
@@ -64,7 +64,8 @@ class EngineConfig(_Settings, frozen=True):
     `quant` None: as the checkpoint says. `activation` None: the checkpoint's static scales where it has them, else
     per token. `keep`: patterns (whole dotted names, `*`) of modules that stay in BF16; None: `lm_head` and routers
     where BF16 weights are quantized, and what the checkpoint keeps where they come quantized. `swap`: "staged" builds a
-    second packed copy and swaps atomically; "streamed" keeps none, a failure poisons the engine.
+    second packed copy and swaps atomically; "streamed" keeps none, a failure poisons the engine. `master`: "host" keeps
+    the BF16 weights that came in, two bytes a parameter, for `update_lora`, `quantization_error` and `wake`.
     `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one step, so that
     long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what `max_batch_size` sequences
     can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings.
@@ -76,6 +77,7 @@ class EngineConfig(_Settings, frozen=True):
     linear_kernel: str = "auto"
     moe_runner: str = "auto"
     swap: SwapMode = "staged"
+    master: MasterPlace | None = None
     dtype: DTypeName = "bfloat16"
     device: str = "auto"
     tp: int = 1

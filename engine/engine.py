@@ -61,13 +61,13 @@ class Engine:
         self.model = Decoder(self._decoder_config, parts, resolver.plan.kv_cache)
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
-        self._policy = Policy(_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap)
+        self._policy = Policy(_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap, self.config.master)
         report = self._policy.update(checkpoint.source, None)
         self.load_report = msgspec.structs.replace(report, warnings=(*warnings, *report.warnings))
         num_pages = _num_pages(self.model, self.config)
         self.rollouts = Rollouts(self.model, self._policy, num_pages, self.config)
         self._policy.commit_gate = self.rollouts.gate.visit
-        self._policy.on_flip = self.rollouts.weights_changed
+        self._policy.on_flip.append(self.rollouts.weights_changed)
         limits = Limits(self._decoder_config.vocab_size, self._decoder_config.max_position, (num_pages - 1) * PAGE_SIZE)
         self._maker = RequestMaker(self.tokenizer, checkpoint.eos_token_ids(), limits, self.config.seed << 32)
 
@@ -218,30 +218,56 @@ class Engine:
     def sleep(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
         """Give memory back: of "weights" (scales that no trainer sends are kept), of the "kv_cache", or of both.
 
-        Running requests wait, and are computed again when both are there. Sleeping twice changes nothing.
+        Running requests wait; without the KV cache they are computed again. Sleeping twice changes nothing.
         """
         self._check_tags(tags)
-        self.rollouts.free_cache()
         if "weights" in tags:
-            with self.rollouts.gate.visit():
-                self._policy.sleep()
-        if "kv_cache" not in tags:
-            self.rollouts.allocate_cache()
+            self._policy.sleep()
+        if "kv_cache" in tags:
+            self.rollouts.free_cache()
 
-    def wake(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
-        """Take the memory again. Weights come back empty: nothing is generated until a full `update_weights`."""
+    def wake(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> UpdateReport | None:
+        """Take the memory again.
+
+        Weights come back empty, and nothing is generated until a full `update_weights`; with a kept master
+        (`EngineConfig(master="host")`) they are restored, and the report of that swap comes back.
+        """
         self._check_tags(tags)
-        if "weights" in tags:
-            with self.rollouts.gate.visit():
-                self._policy.wake()
         if "kv_cache" in tags:
             self.rollouts.allocate_cache()
+        return self._policy.wake() if "weights" in tags else None
 
     def _check_tags(self, tags: Sequence[SleepTag]) -> None:
         self._check_open()
         wrong = sorted(set(tags) - set(get_args(SleepTag)))
         if wrong:
             raise RequestError(f"tags {wrong}; possible: {', '.join(get_args(SleepTag))}")
+
+    # what a kept master gives (EngineConfig(master="host"))
+
+    def update_lora(
+        self, source: Source, alpha: float | None = None, rank: int | None = None, version: str | None = None
+    ) -> UpdateReport:
+        """Merge an adapter into the base weights, in place of the adapter before, and requantize; all or nothing.
+
+        `source`: a dict or iterator in PEFT's names (`...q_proj.lora_A.weight` [rank, in], `lora_B` [out, rank]), or
+        PEFT's folder, whose adapter_config.json says `alpha` and `rank` where these are None.
+        """
+        self._check_open()
+        return self._policy.update_lora(source, alpha, rank, version)
+
+    def remove_lora(self, version: str | None = None) -> UpdateReport:
+        """Take the adapter off: the bytes are those of the base weights again."""
+        self._check_open()
+        return self._policy.remove_lora(version)
+
+    def quantization_error(self) -> dict[str, float]:
+        """Layer -> ||dequantize(quantize(W)) - W|| / ||W|| (Frobenius), W the BF16 weights that are served.
+
+        Layers that came quantized have no BF16 to compare with and are not listed, nor are unquantized ones.
+        """
+        self._check_open()
+        return self._policy.quantization_error()
 
     # life
 
@@ -261,6 +287,7 @@ class Engine:
             "activation": sorted({slot.scheme.activation for slot in slots} - {"none"}),
             "weight_bytes": sum(slot.num_bytes for slot in slots),
             **self.rollouts.info(),
+            "master_bytes": self._policy.master_bytes,
             "warnings": list(self.load_report.warnings),
         }
 
@@ -286,6 +313,7 @@ class Engine:
     def _check_servable(self) -> None:
         self._check_open()
         self._policy.check_servable()
+        self.rollouts.cache.check_awake()
 
 
 def _check_supported(config: EngineConfig) -> None:

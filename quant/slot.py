@@ -55,7 +55,24 @@ class WeightSlot:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        """Bytes of packed storage: none while released."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors.values())
+
+    def unreleasable(self) -> str | None:
+        """Why the packed storage cannot be freed, or None."""
+        pinned = [key for key, t in self.tensors.items() if not self.kept and not t.untyped_storage().resizable()]
+        return f"{self.name}: a numpy view or another process shares {', '.join(pinned)}" if pinned else None
+
+    def release(self) -> None:
+        """Free the packed storage. Tensor objects, scales and digests stay; a kept slot stays as it is."""
+        if not self.kept:
+            for tensor in self.tensors.values():
+                tensor.untyped_storage().resize_(0)
+
+    def allocate(self) -> None:
+        """Give released tensors storage again, at other addresses and with no values in it."""
+        for tensor in self.tensors.values():
+            tensor.untyped_storage().resize_(tensor.nbytes)
 
     def place(self, target: Mapping[str, Tensor], unit: int, packed: Mapping[str, Tensor]) -> None:
         """Write one unit's packed tensors into `target`, which has this slot's packed specs."""

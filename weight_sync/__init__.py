@@ -12,6 +12,7 @@ from .errors import (
     StaleVersionError,
     TransportError,
 )
+from .master import MasterPlace
 from .messages import UpdateReport
 from .plan import SyncPlan, Target
 from .policy import INITIAL_VERSION, Policy
@@ -24,9 +25,11 @@ from .sources.tensors import TensorSource
 __all__ = [
     "AsleepError",
     "INITIAL_VERSION",
+    "AsleepError",
     "CoverageError",
     "FlatBucketSource",
     "FlatEntry",
+    "MasterPlace",
     "NonFiniteError",
     "Policy",
     "PoisonedError",

@@ -11,14 +11,17 @@ class CoverageError(RollmillError):
     """A session did not deliver every tensor of every touched layer exactly once."""
 
     def __init__(
-        self, missing: Sequence[str] = (), unexpected: Sequence[str] = (), duplicate: Sequence[str] = ()
+        self,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        duplicate: Sequence[str] = (),
+        *,
+        rule: str = "a session brings every tensor of the layers that it touches, once, and no other",
     ) -> None:
         self.missing, self.unexpected, self.duplicate = tuple(missing), tuple(unexpected), tuple(duplicate)
         lists = {"missing": self.missing, "unexpected": self.unexpected, "duplicate": self.duplicate}
         parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in lists.items() if names]
-        super().__init__(
-            "a session brings every tensor of the layers that it touches, once, and no other; " + "; ".join(parts)
-        )
+        super().__init__("; ".join([rule, *parts]))
 
 
 class ShapeError(RollmillError):
@@ -49,6 +52,10 @@ class PoisonedError(RollmillError):
     """A streamed swap failed half-way: no complete version is in place until a full swap succeeds."""
 
 
+class AsleepError(RollmillError):
+    """The weights have been let go (`sleep`), or are back (`wake`) but hold nothing until a full swap."""
+
+
 class StagingMemoryError(RollmillError):
     """Memory ran out while staging."""
 
@@ -56,7 +63,3 @@ class StagingMemoryError(RollmillError):
 def _listed(names: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-class AsleepError(RollmillError):
-    """The weights were put to sleep, or woke up empty; nothing is generated until they are there again."""

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from ..quant import ModelError, RollmillError, WeightSlot
+from ..quant import ModelError, WeightSlot
 from .clock import Clock
 from .digest import tensor_digest, weights_digest
-from .errors import (
-    CoverageError,
-    SessionClosedError,
-    ShapeError,
-    StagingMemoryError,
-    StaleVersionError,
-    TransportError,
-)
+from .errors import CoverageError, SessionClosedError, StagingMemoryError, StaleVersionError
+from .lora import Adapter
 from .messages import UpdateReport
+from .pairs import as_pair, pull, split
 from .plan import Target
 from .served import ServedWeights
 from .source import WeightSource
@@ -38,6 +33,9 @@ class WeightSession:
     staged: packed tensors are built beside the served ones, which change at `commit` only.
     streamed: complete units overwrite the served ones; until `commit` the policy is poisoned.
     dry: nothing is kept or written but digests; `commit` tells whether the served weights are the same.
+
+    Bytes that serve change inside `served.commit_gate` only: staged, among the copies of `commit`; streamed, from the
+    first write to the end of the session. One thread drives a session; it may be another one than decodes.
     """
 
     def __init__(self, served: ServedWeights, version: str, mode: SessionMode, *, full: bool) -> None:
@@ -55,6 +53,9 @@ class WeightSession:
         self._torn = False
         self._error: BaseException | None = None
         self._paused_since: float | None = None
+        self._gate = ExitStack()
+        self._adapter: Adapter | None = None  # merged weights come from the master and leave it as it is
+        self._unadapted: list[str] = []
 
     # receiving
 
@@ -75,19 +76,19 @@ class WeightSession:
 
     def receive(self, source: WeightSource) -> None:
         """Load all of a source, tensor by tensor; whatever it raises becomes a `TransportError`."""
-        last, iterator = "none", iter(source)
+        pairs = pull(source)
         while True:
-            try:
-                with self.clock("receive"):
-                    pair = next(iterator, None)
-            except RollmillError:
-                raise
-            except Exception as error:  # a foreign iterator may raise anything
-                raise TransportError(f"the source failed; last tensor received: {last} ({error!r})") from error
+            with self.clock("receive"):
+                pair = next(pairs, None)
             if pair is None:
                 return
             self.load([pair])
-            last = pair[0]
+
+    def merge(self, adapter: Adapter, slots: Iterable[WeightSlot]) -> None:
+        """Load the master's weights of these slots with `adapter` merged in; `commit` makes it the one on duty."""
+        assert self.served.master is not None
+        self._adapter = adapter
+        self.receive(self.served.master.pairs(slots, adapter))
 
     @torch.no_grad()
     def _take(self, name: str, value: Tensor) -> None:
@@ -121,9 +122,12 @@ class WeightSession:
         if slot not in self._staging:
             streamed = self.mode == "streamed"
             if streamed and self._paused_since is None:
+                self._enter_gate()
                 self._paused_since = time.perf_counter()
                 self.served.poisoned = f"a streamed swap to version {self.version!r} has not finished"
-            self._staging[slot] = SlotStaging(slot, self.clock, live=streamed, dry=self.mode == "dry")
+            keeps = self.served.master is not None and self._adapter is None
+            dry = self.mode == "dry"
+            self._staging[slot] = SlotStaging(slot, self.clock, live=streamed, dry=dry, master=keeps and not dry)
         return self._staging[slot]
 
     @contextmanager
@@ -165,15 +169,33 @@ class WeightSession:
         self._close()
 
     def _flip(self) -> None:
+        if self._paused_since is None:
+            self._enter_gate()
         start = time.perf_counter()
         self._torn = True  # an interrupt among the copies must not leave a mixture serving
         self.served.poisoned = f"the commit of version {self.version!r} has not finished"
         with self.clock("commit"):
             for slot, staging in self._staging.items():
                 slot.commit(staging.packed, staging.scales, staging.digests())
+            self._update_master()
             self.served.flip(self.version)
         self._torn = False
         self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
+        self._gate.close()
+
+    def _update_master(self) -> None:
+        master = self.served.master
+        if master is None:
+            return
+        if self._adapter is not None:
+            master.adapter = self._adapter
+        else:
+            received = {slot: staging.master_units() for slot, staging in self._staging.items()}
+            self._unadapted = master.replace(received)
+
+    def _enter_gate(self) -> None:
+        self._gate.enter_context(self.served.commit_gate())
+        self._check_open()  # the engine may have been closed meanwhile
 
     def check_ledger(self) -> None:
         """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
@@ -219,8 +241,13 @@ class WeightSession:
             coverage=len(self._staging) / max(1, len(self.served.plan.slots)),
             seconds=self.clock.seconds,
             digest=self.served.digest(),
-            warnings=tuple(f"{count} tensors ignored: {why}" for why, count in self._ignored.items()),
+            warnings=tuple(self._warnings()),
         )
+
+    def _warnings(self) -> Iterator[str]:
+        yield from (f"{count} tensors ignored: {why}" for why, count in self._ignored.items())
+        if self._unadapted:
+            yield f"base weights took the place of adapted ones, without the adapter: {', '.join(self._unadapted)}"
 
     def _check_open(self) -> None:
         if not self._open:
@@ -233,6 +260,7 @@ class WeightSession:
             self._open, self._staging = False, {}
             if self.mode != "dry" or self.served.open_version == self.version:
                 self.served.open_version = None
+            self._gate.close()
 
     def __enter__(self) -> Self:
         return self
@@ -250,36 +278,8 @@ class WeightSession:
             ) from self._error
 
 
-def as_pair(pair: Any) -> tuple[str, Tensor]:
-    """Check that a bucket's item is (name, tensor)."""
-    match pair:
-        case (str() as name, Tensor() as value):
-            return name, value
-    raise ShapeError(f"a bucket holds (name, tensor) pairs, got {pair!r:.80}")
-
-
 def names_of(slot: WeightSlot) -> list[str]:
     """Every name that a full session must bring for an untouched slot."""
     if slot.loaded and slot.kept:
         return []
     return SlotStaging(slot, Clock(), dry=True).missing()
-
-
-def split(name: str, target: Target, value: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(unit, shard, part) of a tensor that may hold all units stacked and all shards joined along rows."""
-    slot = target.slot
-    if target.unit is not None and target.shard is not None:
-        yield target.unit, target.shard, value
-        return
-    stacked = slot.shape.units is not None
-    if stacked and (value.ndim == 0 or value.shape[0] != slot.shape.units):
-        raise ShapeError(f"{name}: expected {slot.shape.units} experts stacked, got {list(value.shape)}")
-    for unit, part in enumerate(value if stacked else (value,)):
-        for shard, rows in enumerate(slot.shape.rows):
-            yield unit, shard, part if part.numel() == 1 else _rows(name, slot, part, shard, rows)
-
-
-def _rows(name: str, slot: WeightSlot, part: Tensor, shard: int, rows: int) -> Tensor:
-    if part.shape[0] != slot.shape.num_rows:
-        raise ShapeError(f"{name}: expected {slot.shape.num_rows} rows, got {list(part.shape)}")
-    return part.narrow(0, slot.shape.shard_slice(shard).start, rows)

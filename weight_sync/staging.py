@@ -37,11 +37,14 @@ def form_of(tensor: str, dtype: torch.dtype) -> Form:
 class SlotStaging:
     """Collects shards, quantizes a unit once it is complete, packs it into `packed`.
 
-    `live` (streamed mode) writes into the slot's served tensors; `dry` only takes digests.
+    `live` (streamed mode) writes into the slot's served tensors; `dry` only takes digests; `master` keeps what came
+    in BF16 on the host.
     """
 
-    def __init__(self, slot: WeightSlot, clock: Clock, *, live: bool = False, dry: bool = False) -> None:
-        self.slot, self.clock, self.live, self.dry = slot, clock, live, dry
+    def __init__(
+        self, slot: WeightSlot, clock: Clock, *, live: bool = False, dry: bool = False, master: bool = False
+    ) -> None:
+        self.slot, self.clock, self.live, self.dry, self.master = slot, clock, live, dry, master
         self.primary = next(iter(slot.matrices))
         self.received: set[tuple[int, int, str]] = set()
         self.pending: dict[int, PendingUnit] = {}
@@ -49,6 +52,7 @@ class SlotStaging:
         self.packed: dict[str, Tensor] = {}
         self.scales = {name: t.clone() for name, t in slot.scales.items()}
         self._digests: dict[str, dict[int, int]] = {}
+        self._master: dict[int, Tensor] = {}
 
     # receiving
 
@@ -121,6 +125,8 @@ class SlotStaging:
     # finishing
 
     def _finish(self, unit: int) -> None:
+        if self.master and self.pending[unit].form == "bf16":
+            self._master[unit] = self.pending[unit].matrices[self.primary].cpu()
         with self.clock("quantize"):
             stored = self._stored(self.pending.pop(unit))  # what arrived is freed before it is packed
             matrices = {key: stored[key] for key in self.slot.matrices}
@@ -178,6 +184,11 @@ class SlotStaging:
         for key, value in self.packed.items():
             served = self.slot.tensors[key]
             assert (value.shape, value.dtype) == (served.shape, served.dtype), f"{self.slot.name}/{key}"
+
+    def master_units(self) -> list[Tensor] | None:
+        """What came in BF16, unit by unit; None if any of it came quantized."""
+        units = range(self.slot.shape.num_units)
+        return [self._master[unit] for unit in units] if len(self._master) == len(units) else None
 
     # the ledger
 

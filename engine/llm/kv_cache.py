@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...quant import UnsupportedError
+from ...weight_sync import AsleepError
 from .attention import AttentionSpec
 from .page_pool import PAGE_SIZE
 
@@ -38,6 +39,7 @@ class KVCache:
         self.keys = torch.empty(len(specs), slots, heads, key_dim, dtype=dtype, device=device)
         self.values = torch.empty(len(specs), slots, heads, value_dim, dtype=dtype, device=device)
         self.routed = torch.empty(slots, *routing, dtype=torch.int16, device=device)
+        self.asleep = False
         self.clear([0])
 
     @staticmethod
@@ -54,15 +56,24 @@ class KVCache:
         """Memory held now."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
+    def check_awake(self) -> None:
+        """Raise `AsleepError` between `free` and `allocate`."""
+        if self.asleep:
+            raise AsleepError('the KV cache is asleep; wake it first: wake(("kv_cache",))')
+
     def free(self) -> None:
         """Give the memory back; the tensors stay and are empty."""
+        self.asleep = True
         for tensor in self.tensors:
             tensor.untyped_storage().resize_(0)
 
     def allocate(self) -> None:
         """Take memory again after `free`."""
+        if not self.asleep:
+            return
         for tensor in self.tensors:
             tensor.untyped_storage().resize_(tensor.nbytes)
+        self.asleep = False
         self.clear([0])
 
     def clear(self, pages: Sequence[int]) -> None:

@@ -96,7 +96,7 @@ class Rollouts:
         threading.Event().wait(POLL_SECONDS)
 
     def _may_step(self) -> bool:
-        if self.paused:
+        if self.paused or self.cache.asleep:
             return False
         try:
             self.policy.check_servable()
@@ -213,6 +213,8 @@ class Rollouts:
     def free_cache(self) -> None:
         """Give the KV cache's memory back; running requests are computed again once it is there again."""
         with self.gate.visit():
+            if self.cache.asleep:
+                return
             self._retract_all()
             self.scheduler.pool.forget_prefixes()
             self.cache.free()

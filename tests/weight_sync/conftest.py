@@ -39,7 +39,7 @@ def scheme(request: pytest.FixtureRequest) -> Scheme:
 
 @pytest.fixture
 def make_policy() -> MakePolicy:
-    def make(scheme: Scheme, mode: str = "staged", kernel: str = "auto") -> Policy:
+    def make(scheme: Scheme, mode: str = "staged", kernel: str = "auto", master: str | None = None) -> Policy:
         common = {"capability": CPU, "dtype": torch.bfloat16}
         slots = [plain_slot(["norm"], [64], None, BF16, CPU, torch.bfloat16)]
         for fused, (shards, rows, cols) in LINEARS.items():
@@ -48,7 +48,7 @@ def make_policy() -> MakePolicy:
             slots += QuantLinear(shards, rows, cols, scheme, kernel=kernel, fused=joined, bias=bias, **common).slots
         names = ("gate_proj", "up_proj", "down_proj")
         slots += RoutedExperts("experts", names, EXPERTS, scheme, linear_kernel=kernel, **common).slots
-        return Policy(SyncPlan(slots), mode)
+        return Policy(SyncPlan(slots), mode, master)
 
     return make
 
@@ -130,9 +130,9 @@ def cold_load(make_policy: MakePolicy) -> Callable[..., Policy]:
 
 
 def snapshot_of(policy: Policy) -> dict[str, bytes]:
-    """Every served byte, by slot and tensor."""
+    """Every served byte, by slot and tensor; of clones, since torch does not free what numpy has seen."""
     return {
-        f"{slot.name}/{next(iter(slot.matrices))}/{key}": t.contiguous().view(torch.uint8).numpy().tobytes()
+        f"{slot.name}/{next(iter(slot.matrices))}/{key}": t.clone().contiguous().view(torch.uint8).numpy().tobytes()
         for slot in policy.plan.slots
         for key, t in [*slot.tensors.items(), *slot.scales.items()]
     }

@@ -1,0 +1,57 @@
+"""(name, tensor) pairs on their way in: checked, pulled out of foreign iterators, split into shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..quant import RollmillError, WeightSlot
+from .errors import ShapeError, TransportError
+from .plan import Target
+
+
+def as_pair(pair: Any) -> tuple[str, Tensor]:
+    """Check that a bucket's item is (name, tensor)."""
+    match pair:
+        case (str() as name, Tensor() as value):
+            return name, value
+    raise ShapeError(f"a bucket holds (name, tensor) pairs, got {pair!r:.80}")
+
+
+def pull(source: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """All pairs of a source; whatever it raises becomes a `TransportError` that names the last tensor."""
+    last, iterator = "none", iter(source)
+    while True:
+        try:
+            item = next(iterator, None)
+        except RollmillError:
+            raise
+        except Exception as error:  # a foreign iterator may raise anything
+            raise TransportError(f"the source failed; last tensor received: {last} ({error!r})") from error
+        if item is None:
+            return
+        pair = as_pair(item)
+        last = pair[0]
+        yield pair
+
+
+def split(name: str, target: Target, value: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(unit, shard, part) of a tensor that may hold all units stacked and all shards joined along rows."""
+    slot = target.slot
+    if target.unit is not None and target.shard is not None:
+        yield target.unit, target.shard, value
+        return
+    stacked = slot.shape.units is not None
+    if stacked and (value.ndim == 0 or value.shape[0] != slot.shape.units):
+        raise ShapeError(f"{name}: expected {slot.shape.units} experts stacked, got {list(value.shape)}")
+    for unit, part in enumerate(value if stacked else (value,)):
+        for shard, rows in enumerate(slot.shape.rows):
+            yield unit, shard, part if part.numel() == 1 else _rows(name, slot, part, shard, rows)
+
+
+def _rows(name: str, slot: WeightSlot, part: Tensor, shard: int, rows: int) -> Tensor:
+    if part.shape[0] != slot.shape.num_rows:
+        raise ShapeError(f"{name}: expected {slot.shape.num_rows} rows, got {list(part.shape)}")
+    return part.narrow(0, slot.shape.shard_slice(shard).start, rows)
