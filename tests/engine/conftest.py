@@ -151,6 +151,10 @@ FAMILIES = {
         )
     ),
 }
+# `engine.generate` caches plain causal attention only: these are held through `logits` and `score`
+UNCACHED = ("gemma2", "gemma3", "deepseek_v3", "gpt_oss")
+DISTINCT = [family for family in FAMILIES if "-" not in family]
+CACHED = [family for family in DISTINCT if family not in UNCACHED]
 
 
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
@@ -172,6 +176,17 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DISTINCT)
+def distinct_family(request: pytest.FixtureRequest) -> str:
+    """The families without their variants, which differ in arithmetic, not in names."""
+    return request.param
+
+
+@pytest.fixture(params=CACHED)
+def cached_family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
