@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rollmill.engine import Engine, EngineConfig, SamplingParams
+from rollmill.engine import CoverageError, Engine, EngineConfig, SamplingParams
 from rollmill.engine.llm.attention import WholeSequences
 
 PROMPTS = [[3, 14, 15, 92, 65], [35], [89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28], [84, 19, 71]]
@@ -149,3 +149,18 @@ def test_a_trainers_own_tensors(distinct_family, quant, hf_model, save):
         assert engine.digest() == expected.digest()
         for slot, other in zip(engine.model.slots, expected.model.slots, strict=True):
             assert all(torch.equal(t, other.tensors[k]) for k, t in slot.tensors.items())
+
+
+def test_a_prefix_of_a_trainers_tensors(distinct_family, hf_model, save):
+    """A stream that ends early commits whole layers or nothing; the full one follows as if it had not been."""
+    target = hf_model(distinct_family, seed=1)
+    pairs = [(n, p.detach()) for n, p in target.named_parameters()]
+    with Engine(save(hf_model(distinct_family))) as engine, Engine(save(target, "target")) as expected:
+        for cut in (1, len(pairs) // 3, len(pairs) - 1):
+            before, version = engine.digest(), engine.weight_version
+            try:
+                assert engine.update_weights(pairs[:cut]).coverage < 1
+            except CoverageError:
+                assert (engine.digest(), engine.weight_version) == (before, version)
+        engine.update_weights(pairs)
+        assert engine.digest() == expected.digest()

@@ -63,6 +63,6 @@ def read_shared(hf: Any) -> SharedExpertConfig:
 
 def ignore_extra_layers(hf: Any) -> ModuleNames:
     """Checkpoints keep the layers that predict further tokens behind the decoder's own."""
-    first, count = hf.num_hidden_layers, hf.num_nextn_predict_layers or 0
+    first, count = hf.num_hidden_layers, getattr(hf, "num_nextn_predict_layers", None) or 0
     why = "layers that predict further tokens are not computed"
     return ModuleNames(ignored=tuple((f"model.layers.{first + i}.*", why) for i in range(count)))
