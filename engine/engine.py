@@ -325,6 +325,7 @@ def _sync_plan(model: Decoder, kv_cache: str | None) -> SyncPlan:
     ignored = {"*.rotary_emb.inv_freq": "computed from config.json"}
     if kv_cache is None:
         ignored |= {f"*.{name}": "the KV cache is not quantized" for name in ("k_scale", "v_scale")}
+    ignored |= dict(model.config.names.ignored)
     return SyncPlan(
         model.slots,
         renames=model.config.names.renames,

@@ -7,12 +7,14 @@ from typing import Literal
 from msgspec import Struct
 
 from ..quant import ConfigError
+from .activation import ActivationName
 
 
 class MoeConfig(Struct, frozen=True):
     """`scoring` turns router logits into scores; `renormalize` makes the top-k weights sum to one.
 
     `n_group`, `topk_group`: experts are chosen from the best groups only (DeepSeek-V3); 1 and 1 switch that off.
+    `swiglu_limit`, `swiglu_alpha`: of the activation "clamped_swiglu"; `bias`: w13 and w2 have one (gpt-oss).
     """
 
     num_experts: int
@@ -24,7 +26,10 @@ class MoeConfig(Struct, frozen=True):
     n_group: int = 1
     topk_group: int = 1
     routed_scaling_factor: float = 1.0
-    activation: Literal["silu"] = "silu"
+    activation: ActivationName = "silu"
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if self.num_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:

@@ -1,4 +1,4 @@
-"""`RoutedExperts`: two slots (w13, w2) and a runner."""
+"""`RoutedExperts`: two slots (w13, w2), their biases where they have any, and a runner."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..quant import Capability, Scheme, WeightSlot
+from ..quant import Capability, JoinedLayout, Plain, Scheme, WeightShape, WeightSlot
+from ..quant.kernels.plain import PlainKernel
 from .config import MoeConfig
 from .runner import select_runner
 
@@ -18,7 +19,8 @@ class RoutedExperts:
     `prefix` is the checkpoint's module of the experts; `projections` its names of gate, up and down:
     `prefix.E.gate` [intermediate_size, hidden_size]. Trainers may send transformers 5's stacked tensors too:
     `prefix.gate_up_proj` [num_experts, 2 * intermediate_size, hidden_size] and
-    `prefix.down_proj` [num_experts, hidden_size, intermediate_size].
+    `prefix.down_proj` [num_experts, hidden_size, intermediate_size], in the layout that `joined` declares;
+    biases as `prefix.gate_up_proj_bias` and `prefix.down_proj_bias`.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class RoutedExperts:
         dtype: torch.dtype,
         runner: str = "auto",
         linear_kernel: str = "auto",
+        joined: JoinedLayout | None = None,
     ) -> None:
         gate, up, down = projections
         experts = range(config.num_experts)
+        joined = joined or JoinedLayout()
         self.runner = select_runner(config, scheme, capability, runner)(
             config, scheme, capability, dtype, linear_kernel
         )
@@ -46,6 +50,7 @@ class RoutedExperts:
             self.runner.w13,
             device=capability.device,
             fused=(f"{prefix}.gate_up_proj",),
+            joined=joined,
         )
         self.w2 = WeightSlot(
             f"{prefix}.w2",
@@ -55,12 +60,33 @@ class RoutedExperts:
             self.runner.w2,
             device=capability.device,
             fused=(f"{prefix}.down_proj",),
+            joined=joined,
         )
+        self.biases = [_bias_of(slot, dtype, capability) for slot in (self.w13, self.w2)] if config.bias else []
+        # what the runner reads: packed tensors never move, so this holds through every swap
+        self._served = [dict(self.w13.tensors), dict(self.w2.tensors)]
+        for served, bias in zip(self._served, self.biases, strict=False):
+            served |= bias.tensors
 
     @property
     def slots(self) -> list[WeightSlot]:
-        return [self.w13, self.w2]
+        return [self.w13, self.w2, *self.biases]
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size]."""
-        return self.runner.apply(x, ids, weights, self.w13.tensors, self.w2.tensors)
+        return self.runner.apply(x, ids, weights, *self._served)
+
+
+def _bias_of(weight: WeightSlot, dtype: torch.dtype, capability: Capability) -> WeightSlot:
+    """The slot of a stacked weight's bias [num_experts, rows]: its rows lie as the weight's do."""
+    scheme, shape = Plain(tensor="bias"), WeightShape(weight.shape.rows, None, weight.shape.units)
+    return WeightSlot(
+        weight.name,
+        weight.modules,
+        scheme,
+        shape,
+        PlainKernel(scheme, shape, dtype),
+        device=capability.device,
+        fused=[f"{name}_bias" for name in weight.fused],
+        joined=weight.joined,
+    )

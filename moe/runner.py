@@ -34,7 +34,10 @@ class MoeRunner(Protocol):
         ...
 
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size]."""
+        """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size].
+
+        With `config.bias`, `w13` and `w2` also hold "bias" [num_experts, rows].
+        """
         ...
 
 

@@ -17,7 +17,7 @@ from .scheme import (
     WeightShape,
     make_scheme,
 )
-from .slot import WeightSlot
+from .slot import JoinedLayout, WeightSlot
 
 __all__ = [
     "BF16",
@@ -27,6 +27,7 @@ __all__ = [
     "Activation",
     "Capability",
     "ConfigError",
+    "JoinedLayout",
     "LinearKernel",
     "ModelError",
     "Plain",

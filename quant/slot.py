@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from .scheme import Scheme, Stored, TensorSpec, WeightShape
@@ -19,12 +20,34 @@ class Packer(Protocol):
     def derive(self, scales: Stored) -> dict[str, Tensor]: ...
 
 
+class JoinedLayout(Struct, frozen=True):
+    """How a tensor that holds all shards of a weight lies, one unit of it.
+
+    rows first, shard after shard:       g0 g1 g2 u0 u1 u2
+    interleaved, shards take turns:      g0 u0 g1 u1 g2 u2
+    `transposed`: a matrix comes as [cols, rows].
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+    def rows_first(self, tensor: Tensor) -> Tensor:
+        """[num_rows, cols], or [num_rows] of a vector, shards still as they lie; a view."""
+        return tensor.mT if self.transposed and tensor.ndim == 2 else tensor
+
+    def shard(self, rows_first: Tensor, shape: WeightShape, shard: int) -> Tensor:
+        """One shard's rows, a view."""
+        if self.interleaved:
+            return rows_first[shard :: len(shape.rows)]
+        return rows_first[shape.shard_slice(shard)]
+
+
 class WeightSlot:
     """One weight (linear: shards fused along rows; experts: a stack of units) in packed storage that never moves.
 
     `modules[unit][shard]` are the checkpoint's module names; `fused` is the module under which a trainer may send
-    all shards joined along rows (and all units stacked). A `kept` slot (KV scales) need not come again once loaded.
-    Only a weight session writes a slot.
+    all shards joined along rows (and all units stacked), lying as `joined` tells. A `kept` slot (KV scales) need not
+    come again once loaded. Only a weight session writes a slot.
     """
 
     def __init__(
@@ -38,15 +61,18 @@ class WeightSlot:
         device: torch.device,
         fused: Sequence[str] = (),
         kept: bool = False,
+        joined: JoinedLayout | None = None,
     ) -> None:
         self.name, self.modules, self.fused = name, tuple(map(tuple, modules)), tuple(fused)
         self.scheme, self.shape, self.packer, self.kept = scheme, shape, packer, kept
+        self.joined = joined or JoinedLayout()
         self.matrices, self.scale_specs = scheme.matrices(shape), scheme.scales(shape)
         self.tensors = {key: empty(spec, device) for key, spec in packer.packed().items()}
         self.scales = {key: empty(spec, device) for key, spec in self.scale_specs.items()}
         self.digests: dict[str, int] = {}
         assert len(self.modules) == shape.num_units
         assert all(len(unit) == len(shape.rows) for unit in self.modules)
+        assert not self.joined.interleaved or len(set(shape.rows)) == 1
 
     @property
     def loaded(self) -> bool:

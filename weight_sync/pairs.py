@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..quant import RollmillError, WeightSlot
+from ..quant import RollmillError
 from .errors import ShapeError, TransportError
 from .plan import Target
 
@@ -47,11 +47,12 @@ def split(name: str, target: Target, value: Tensor) -> Iterator[tuple[int, int, 
     if stacked and (value.ndim == 0 or value.shape[0] != slot.shape.units):
         raise ShapeError(f"{name}: expected {slot.shape.units} experts stacked, got {list(value.shape)}")
     for unit, part in enumerate(value if stacked else (value,)):
-        for shard, rows in enumerate(slot.shape.rows):
-            yield unit, shard, part if part.numel() == 1 else _rows(name, slot, part, shard, rows)
+        for shard in range(len(slot.shape.rows)):
+            yield unit, shard, part if part.numel() == 1 else _rows(name, target, part, shard)
 
 
-def _rows(name: str, slot: WeightSlot, part: Tensor, shard: int, rows: int) -> Tensor:
-    if part.shape[0] != slot.shape.num_rows:
-        raise ShapeError(f"{name}: expected {slot.shape.num_rows} rows, got {list(part.shape)}")
-    return part.narrow(0, slot.shape.shard_slice(shard).start, rows)
+def _rows(name: str, target: Target, part: Tensor, shard: int) -> Tensor:
+    shape, rows = target.slot.shape, target.layout.rows_first(part)
+    if rows.shape[0] != shape.num_rows:
+        raise ShapeError(f"{name}: expected {shape.num_rows} rows, got {list(rows.shape)}")
+    return target.layout.shard(rows, shape, shard)

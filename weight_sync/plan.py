@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from ..quant import WeightSlot, matches_any
+from ..quant import JoinedLayout, WeightSlot, matches_any
 
 SCALE_NAMES = ("weight_scale", "weight_scale_2", "input_scale")
 
 
 class Target(Struct, frozen=True):
-    """Where one tensor goes. `unit` or `shard` None: it holds all units stacked, or all shards joined."""
+    """Where one tensor goes; `unit` or `shard` None: all units stacked, or all shards joined as `layout` tells."""
 
     slot: WeightSlot
     tensor: str
     unit: int | None
     shard: int | None
+    layout: JoinedLayout = JoinedLayout()
 
 
 class SyncPlan:
@@ -49,7 +50,7 @@ class SyncPlan:
                 self._targets[f"{module}.{tensor}"] = Target(slot, tensor, unit, shard)
         for module in slot.fused:  # transformers names stacked experts without `.weight`
             name = f"{module}.{tensor}" if slot.shape.units is None else module
-            self._targets[name] = Target(slot, tensor, None, None)
+            self._targets[name] = Target(slot, tensor, None, None, slot.joined)
 
     def resolve(self, name: str) -> Target | None:
         """The target of an incoming tensor, or None for an unknown name."""
@@ -60,7 +61,7 @@ class SyncPlan:
         if suffix not in SCALE_NAMES:
             return self._targets.get(name)
         found = self._targets.get(f"{module}.weight")
-        return None if found is None else Target(found.slot, suffix, found.unit, found.shard)
+        return None if found is None else Target(found.slot, suffix, found.unit, found.shard, found.layout)
 
     def why_ignored(self, name: str) -> str | None:
         """The reason for which a tensor of this name is not needed, or None."""

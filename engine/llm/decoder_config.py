@@ -2,46 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import torch
 from msgspec import Struct
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...moe import MoeConfig
-from ...quant import UnsupportedError
+from ...moe.activation import ActivationName
+from ...quant import JoinedLayout
+from .layers.norms import NormName
+from .layers.rope import Rope
 
 
 class ModuleNames(Struct, frozen=True):
-    """How a family's checkpoints name what differs; `renames` map a trainer's names onto the checkpoint's."""
+    """How a family's checkpoints name what differs; `renames` map a trainer's names onto the checkpoint's.
+
+    `ignored`: (pattern over whole names, why such tensors are not needed). `joined_experts`: how a trainer's stacked
+    expert tensors lie.
+    """
 
     moe_block: str = "mlp"
+    router: str = "gate"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
+    joined_experts: JoinedLayout = JoinedLayout()
+
+
+class LatentConfig(Struct, frozen=True):
+    """Multi-head latent attention: ranks of the latents (`q_rank` None: queries without one), sizes in each head."""
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+class AttentionConfig(Struct, frozen=True):
+    """What attention is in every layer. `qk_norm`: an RMS norm over each head, or over all heads of a token at once."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["head", "row"] | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    latent: LatentConfig | None = None
+
+
+class LayerKind(Struct, frozen=True):
+    """What differs from layer to layer: its rope (an index), its window, and whether it is dense in an MoE model."""
+
+    rope: int = 0
+    window: int | None = None
+    dense: bool = False
+
+
+class RouterConfig(Struct, frozen=True):
+    """What a router holds besides its weight. `float32`: its logits are computed in float32 in any engine."""
+
+    bias: bool = False
+    correction_bias: bool = False
+    float32: bool = False
+
+
+class SharedExpertConfig(Struct, frozen=True):
+    """An expert of every token; `gate` names the module whose sigmoid scales it."""
+
+    intermediate_size: int
+    module: str = "shared_experts"
+    gate: str | None = None
 
 
 class DecoderConfig(Struct, frozen=True):
-    """A pre-norm decoder with grouped-query attention, RoPE, and an MLP or routed experts in every layer."""
+    """A decoder with RoPE, and an MLP or routed experts in every layer.
+
+    `sandwich_norms`: attention and MLP are normed going out, too. `embed_scale` multiplies embeddings, rounded to the
+    engine's dtype first; `logit_softcap` c makes logits c * tanh(logits / c).
+    """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rms_norm_eps: float
     max_position: int
-    inv_freq: torch.Tensor  # float32 [head_dim / 2]
-    rope_scaling: float
     tied: bool
-    qk_norm: bool = False
-    attention_bias: bool = False
+    attention: AttentionConfig
+    ropes: tuple[Rope, ...]
+    layers: tuple[LayerKind, ...]
+    activation: ActivationName = "silu"
     mlp_bias: bool = False
+    norm: NormName = "rms"
+    sandwich_norms: bool = False
+    embed_scale: float | None = None
+    logit_softcap: float | None = None
     moe: MoeConfig | None = None
-    dense_layers: frozenset[int] = frozenset()  # layers of an MoE model with a plain MLP
+    router: RouterConfig = RouterConfig()
+    shared: SharedExpertConfig | None = None
     names: ModuleNames = ModuleNames()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim
 
 
 class Family(Protocol):
@@ -51,45 +124,3 @@ class Family(Protocol):
     def ARCHITECTURES(self) -> tuple[str, ...]: ...
 
     def read_config(self, hf: Any) -> DecoderConfig: ...
-
-
-def read_common(hf: Any) -> Mapping[str, Any]:
-    """The fields that all families share, from a transformers config."""
-    if getattr(hf, "sliding_window", None) and getattr(hf, "use_sliding_window", True):
-        raise UnsupportedError(
-            f"sliding-window attention ({hf.sliding_window} tokens)",
-            ["only full attention is computed; set sliding_window to null in config.json to use that"],
-        )
-    if hf.hidden_act != "silu":
-        raise UnsupportedError(f"hidden_act {hf.hidden_act!r}", ["known: silu"])
-    inv_freq, scaling = rope_frequencies(hf)
-    return {
-        "vocab_size": hf.vocab_size,
-        "hidden_size": hf.hidden_size,
-        "intermediate_size": hf.intermediate_size,
-        "num_layers": hf.num_hidden_layers,
-        "num_heads": hf.num_attention_heads,
-        "num_kv_heads": hf.num_key_value_heads,
-        "head_dim": head_dim(hf),
-        "rms_norm_eps": hf.rms_norm_eps,
-        "max_position": hf.max_position_embeddings,
-        "inv_freq": inv_freq,
-        "rope_scaling": scaling,
-        "tied": hf.tie_word_embeddings,
-        "attention_bias": getattr(hf, "attention_bias", False),
-    }
-
-
-def head_dim(hf: Any) -> int:
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-
-
-def rope_frequencies(hf: Any) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies float32 [head_dim / 2] and the factor on cos and sin; scaled kinds are transformers' own."""
-    kind = hf.rope_parameters.get("rope_type", "default")
-    if kind == "default":
-        exponent = torch.arange(0, head_dim(hf), 2, dtype=torch.float32) / head_dim(hf)
-        return 1.0 / (hf.rope_parameters["rope_theta"] ** exponent), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UnsupportedError(f"rope_type {kind!r}", ["known: default, linear, llama3, yarn"])
-    return ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))

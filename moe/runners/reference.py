@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...quant import Capability, Scheme, WeightShape, select_kernel
+from ..activation import gated_activation
 from ..config import MoeConfig
 
 
@@ -36,6 +36,7 @@ class ReferenceRunner:
         linear_kernel: str = "auto",
     ) -> None:
         self.config, self.dtype = config, dtype
+        self.activate = gated_activation(config.activation, config.swiglu_limit, config.swiglu_alpha)
         self.w13, self.w2 = (
             select_kernel(scheme, shape, capability, dtype, linear_kernel)(scheme, shape, dtype)
             for shape in expert_shapes(config)
@@ -56,8 +57,9 @@ class ReferenceRunner:
         return (outs.view(*ids.shape, self.config.hidden_size).float() * weights[..., None]).sum(1).to(self.dtype)
 
     def _expert(self, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        gate, up = self.w13.apply(x, w13).chunk(2, dim=-1)
-        return self.w2.apply(F.silu(gate) * up, w2)
+        if not self.config.bias:
+            return self.w2.apply(self.activate(self.w13.apply(x, w13)), w2)
+        return self.w2.apply(self.activate(self.w13.apply(x, w13) + w13["bias"]), w2) + w2["bias"]
 
 
 def _unit(packed: dict[str, Tensor], expert: int) -> dict[str, Tensor]:

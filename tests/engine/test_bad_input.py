@@ -84,13 +84,6 @@ def test_an_unsupported_architecture(folder):
     check_message(error, "BertModel", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
 
 
-def test_sliding_windows_are_refused(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 16}))
-    with pytest.raises(UnsupportedError, match="sliding-window"):
-        Engine(folder)
-
-
 def test_an_unknown_config_field():
     with pytest.raises(ConfigError) as error:
         EngineConfig(quantization="fp8")

@@ -55,9 +55,14 @@ def fake_quantize(model, quant):
     weight, act = {"nvfp4": (nvfp4_weight, nvfp4_activation), "fp8": (fp8_weight, fp8_activation)}[quant]
     for layer in model.model.layers:
         linears = layer.self_attn
-        groups = [[linears.q_proj, linears.k_proj, linears.v_proj], [linears.o_proj]]
-        if hasattr(layer.mlp, "gate_proj"):
-            groups += [[layer.mlp.gate_proj, layer.mlp.up_proj], [layer.mlp.down_proj]]
+        if hasattr(linears, "kv_b_proj"):
+            latent = (linears.q_a_proj, linears.q_b_proj, linears.kv_a_proj_with_mqa, linears.kv_b_proj)
+            groups = [*([m] for m in latent), [linears.o_proj]]
+        else:
+            groups = [[linears.q_proj, linears.k_proj, linears.v_proj], [linears.o_proj]]
+        for mlp in (layer.mlp, *(getattr(layer.mlp, name, None) for name in ("shared_expert", "shared_experts"))):
+            if hasattr(mlp, "gate_proj"):
+                groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
         for group in groups:
             shared = max(m.weight.abs().max() for m in group)
             for m in group:
@@ -89,8 +94,8 @@ def trainer_logprobs(model, ids):
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def test_bf16_weights_in_float32_arithmetic(family, hf_model, save):
-    model = hf_model(family)
+def test_bf16_weights_in_float32_arithmetic(cached_family, hf_model, save):
+    model = hf_model(cached_family)
     with Engine(save(model), EngineConfig(dtype="float32")) as engine:
         for out in engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12, seed=3)):
             expected = trainer_logprobs(model, out.prompt_token_ids + out.token_ids)
@@ -98,16 +103,28 @@ def test_bf16_weights_in_float32_arithmetic(family, hf_model, save):
 
 
 @pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
-def test_quantized_engine_equals_a_fake_quant_trainer(family, quant, hf_model, save):
-    model = hf_model(family)
+def test_quantized_engine_equals_a_fake_quant_trainer(cached_family, quant, hf_model, save):
+    model = hf_model(cached_family)
     with Engine(save(model), EngineConfig(quant=quant, dtype="float32")) as engine:
         assert engine.info()["quant"] == ["bf16", quant]
         assert engine.info()["activation"] == ["per_token"]
         outs = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=12, seed=3))
     fake_quantize(model, quant)
     errors = [logprob_error(model, out) for out in outs]
-    print(family, quant, [f"{error:.1e}" for error in errors])
+    print(cached_family, quant, [f"{error:.1e}" for error in errors])
     # Sums in another order differ by float32 rounding, which flips an activation that lies on a rounding tie.
+    assert sum(error > 1e-5 for error in errors) <= 1
+
+
+@pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("family", ["gemma3", "deepseek_v3"])
+def test_scores_of_a_quantized_engine_equal_a_fake_quant_trainers(family, quant, hf_model, save):
+    model, prompts = hf_model(family), [[*p, *PROMPTS[2]] for p in PROMPTS]
+    with Engine(save(model), EngineConfig(quant=quant, dtype="float32")) as engine:
+        scores = engine.score(prompts)
+    fake_quantize(model, quant)
+    errors = [(s - trainer_logprobs(model, p)).abs().max().item() for s, p in zip(scores, prompts, strict=True)]
+    print(family, quant, [f"{error:.1e}" for error in errors])
     assert sum(error > 1e-5 for error in errors) <= 1
 
 

@@ -4,9 +4,37 @@ from __future__ import annotations
 
 from ....quant import UnsupportedError
 from ..decoder_config import Family
-from . import llama, mixtral, qwen3, qwen3_moe
+from . import (
+    deepseek_v3,
+    gemma2,
+    gemma3,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
-FAMILIES: tuple[Family, ...] = (qwen3_moe, qwen3, mixtral, llama)
+FAMILIES: tuple[Family, ...] = (
+    deepseek_v3,
+    gemma2,
+    gemma3,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
 
 def find_family(architectures: list[str]) -> Family:

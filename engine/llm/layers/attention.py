@@ -1,0 +1,61 @@
+"""Grouped-query attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ....quant import Plain
+from ....quant.numerics import decode_fp8, quantize_fp8_activation
+from ..attention import Attend, AttentionSpec
+from ..decoder_config import DecoderConfig
+from ..parts import Parts
+from .norms import NORMS
+from .rope import Rotary, select_rotate
+
+
+class Attention:
+    """q, k and v are one fused linear; RMS norm over every head of q and k, or over whole rows, where configured."""
+
+    def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_cache: str | None) -> None:
+        self.config = attention = config.attention
+        kind, head_dim = config.layers[layer], attention.head_dim
+        self.spec = AttentionSpec(
+            layer, attention.num_kv_heads, head_dim, head_dim, attention.scale, kind.window, attention.softcap
+        )
+        self.prefix = prefix = f"model.layers.{layer}.self_attn."
+        kv_rows = attention.num_kv_heads * head_dim
+        self.rows = {"q_proj": attention.num_heads * head_dim, "k_proj": kv_rows, "v_proj": kv_rows}
+        self.qkv = parts.linear(prefix, self.rows, config.hidden_size, bias=attention.qkv_bias, fused="qkv_proj")
+        out = {"o_proj": config.hidden_size}
+        self.out = parts.linear(prefix, out, self.rows["q_proj"], bias=attention.out_bias)
+        self.norm, self.eps = NORMS[config.norm], config.rms_norm_eps
+        self.rotate = select_rotate(config.ropes[kind.rope], head_dim)
+        if attention.qk_norm is not None:
+            per_head = attention.qk_norm == "head"
+            self.q_norm = parts.plain(prefix + "q_norm", head_dim if per_head else self.rows["q_proj"])
+            self.k_norm = parts.plain(prefix + "k_norm", head_dim if per_head else kv_rows)
+        sinks = Plain(tensor="sinks")
+        self.sinks = parts.plain(prefix[:-1], attention.num_heads, scheme=sinks) if attention.sinks else None
+        self.kv_scales = None if kv_cache is None else self._kv_scales(parts)
+
+    def _kv_scales(self, parts: Parts) -> list[Tensor]:
+        schemes = {"k_proj": Plain(torch.float32, "k_scale"), "v_proj": Plain(torch.float32, "v_scale")}
+        return [parts.plain(self.prefix + module, 1, scheme=s, kept=True) for module, s in schemes.items()]
+
+    def __call__(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(x).split(list(self.rows.values()), -1)
+        if self.config.qk_norm == "row":
+            q, k = self.norm(q, self.q_norm, self.eps), self.norm(k, self.k_norm, self.eps)
+        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
+        if self.config.qk_norm == "head":
+            q, k = self.norm(q, self.q_norm, self.eps), self.norm(k, self.k_norm, self.eps)
+        q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
+        if self.kv_scales is not None:
+            k, v = (_round_to_fp8(value, scale) for value, scale in zip((k, v), self.kv_scales, strict=True))
+        return self.out(attend(self.spec, q, k, v, self.sinks).flatten(-2))
+
+
+def _round_to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """What an FP8 KV cache with this decode scale gives back."""
+    return (decode_fp8(quantize_fp8_activation(x, scale)) * scale).to(x.dtype)

@@ -1,0 +1,23 @@
+"""The gated MLP."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ....moe import gated_activation
+from ..decoder_config import DecoderConfig
+from ..parts import Parts
+
+
+class MLP:
+    """down(act(gate(x)) * up(x)); gate and up are one fused linear. `prefix` ends in a dot."""
+
+    def __init__(self, parts: Parts, config: DecoderConfig, prefix: str, intermediate_size: int) -> None:
+        shards = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up = parts.linear(prefix, shards, config.hidden_size, bias=config.mlp_bias, fused="gate_up_proj")
+        out = {"down_proj": config.hidden_size}
+        self.down = parts.linear(prefix, out, intermediate_size, bias=config.mlp_bias)
+        self.activate = gated_activation(config.activation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.activate(self.gate_up(x)))

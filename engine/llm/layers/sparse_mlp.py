@@ -1,0 +1,49 @@
+"""A router, routed experts, and an expert that all tokens share where there is one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....moe import route
+from ....quant import Plain
+from ..decoder_config import DecoderConfig, SharedExpertConfig
+from ..parts import Parts
+from .mlp import MLP
+
+
+class SparseMLP:
+    """The sum of a token's `top_k` experts, and of its shared expert."""
+
+    def __init__(self, parts: Parts, config: DecoderConfig, layer: int) -> None:
+        assert config.moe is not None
+        prefix = f"model.layers.{layer}.{config.names.moe_block}"
+        self.config, router = config.moe, f"{prefix}.{config.names.router}"
+        rows, dtype = config.moe.num_experts, torch.float32 if config.router.float32 else None
+        self.gate = parts.plain(router, rows, config.hidden_size, dtype=dtype)
+        self.gate_bias = parts.plain(router, rows, scheme=Plain(tensor="bias")) if config.router.bias else None
+        correction = Plain(torch.float32, "e_score_correction_bias")
+        self.correction_bias = parts.plain(router, rows, scheme=correction) if config.router.correction_bias else None
+        self.experts = parts.experts(config, f"{prefix}.experts")
+        self.shared = None if config.shared is None else SharedExpert(parts, config, config.shared, prefix)
+
+    def __call__(self, x: Tensor, routed: list[Tensor] | None) -> Tensor:
+        logits = F.linear(x.to(self.gate.dtype), self.gate, self.gate_bias)
+        ids, weights = route(logits, self.config, self.correction_bias)
+        if routed is not None:
+            routed.append(ids)
+        out = self.experts(x, ids, weights)
+        return out if self.shared is None else out + self.shared(x)
+
+
+class SharedExpert:
+    """An MLP that every token takes; scaled by sigmoid(gate(x)) where it has a gate (Qwen2-MoE)."""
+
+    def __init__(self, parts: Parts, config: DecoderConfig, shared: SharedExpertConfig, prefix: str) -> None:
+        self.mlp = MLP(parts, config, f"{prefix}.{shared.module}.", shared.intermediate_size)
+        self.gate = None if shared.gate is None else parts.plain(f"{prefix}.{shared.gate}", 1, config.hidden_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.mlp(x)
+        return out if self.gate is None else F.linear(x, self.gate).sigmoid() * out
