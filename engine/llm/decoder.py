@@ -88,10 +88,6 @@ class Decoder:
 
     @property
     def attention_specs(self) -> list[AttentionSpec]:
-        return [layer.attention.spec for layer in self.layers]
-
-    @property
-    def attention_specs(self) -> list[AttentionSpec]:
         """Every layer's, in layer order: what a KV cache must hold."""
         return [layer.attention.spec for layer in self.layers]
 

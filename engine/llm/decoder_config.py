@@ -108,14 +108,6 @@ class DecoderConfig(Struct, frozen=True):
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
-    def num_kv_heads(self) -> int:
-        return self.attention.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.attention.head_dim
-
 
 class Family(Protocol):
     """One file in `models/`: the architectures it reads, and how."""

@@ -94,8 +94,8 @@ def trainer_logprobs(model, ids):
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def test_bf16_weights_in_float32_arithmetic(cached_family, hf_model, save):
-    model = hf_model(cached_family)
+def test_bf16_weights_in_float32_arithmetic(unbiased_family, hf_model, save):
+    model = hf_model(unbiased_family)
     with Engine(save(model), EngineConfig(dtype="float32")) as engine:
         for out in engine.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12, seed=3)):
             expected = trainer_logprobs(model, out.prompt_token_ids + out.token_ids)
@@ -103,15 +103,15 @@ def test_bf16_weights_in_float32_arithmetic(cached_family, hf_model, save):
 
 
 @pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
-def test_quantized_engine_equals_a_fake_quant_trainer(cached_family, quant, hf_model, save):
-    model = hf_model(cached_family)
+def test_quantized_engine_equals_a_fake_quant_trainer(unbiased_family, quant, hf_model, save):
+    model = hf_model(unbiased_family)
     with Engine(save(model), EngineConfig(quant=quant, dtype="float32")) as engine:
         assert engine.info()["quant"] == ["bf16", quant]
         assert engine.info()["activation"] == ["per_token"]
         outs = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=12, seed=3))
     fake_quantize(model, quant)
     errors = [logprob_error(model, out) for out in outs]
-    print(cached_family, quant, [f"{error:.1e}" for error in errors])
+    print(unbiased_family, quant, [f"{error:.1e}" for error in errors])
     # Sums in another order differ by float32 rounding, which flips an activation that lies on a rounding tie.
     assert sum(error > 1e-5 for error in errors) <= 1
 
