@@ -85,7 +85,7 @@ def _bias_of(weight: WeightSlot, dtype: torch.dtype, capability: Capability) -> 
         weight.modules,
         scheme,
         shape,
-        PlainKernel(scheme, shape, dtype),
+        PlainKernel(scheme, shape, dtype, capability),
         device=capability.device,
         fused=[f"{name}_bias" for name in weight.fused],
         joined=weight.joined,

@@ -3,6 +3,7 @@
 from .device import Capability, find_capability
 from .errors import ConfigError, ModelError, RollmillError, UnsupportedError
 from .kernel import LINEAR_KERNELS, LinearKernel, select_kernel
+from .kernels.gemm import matmul
 from .linear import QuantLinear, plain_slot
 from .modelopt import QuantPlan, matches_any, read_quant_plan
 from .scheme import (
@@ -43,6 +44,7 @@ __all__ = [
     "find_capability",
     "make_scheme",
     "matches_any",
+    "matmul",
     "plain_slot",
     "read_quant_plan",
     "select_kernel",

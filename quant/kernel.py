@@ -20,13 +20,13 @@ class LinearKernel(Protocol):
     """A kernel bound to one scheme, shape and compute dtype. It holds no weights.
 
     `prepare` and `derive` are pure: equal bytes when called twice, input untouched (what they return may be the
-    input itself). A stack of experts may be prepared a few units at a time, but is derived whole.
+    input itself, or narrower than `packed` says: placing widens it, exactly). A stack of experts may be prepared a few units at a time, but is derived whole.
     """
 
     name: ClassVar[str]
     shape: WeightShape
 
-    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None: ...
+    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> None: ...
 
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
@@ -45,8 +45,8 @@ class LinearKernel(Protocol):
         """Stored float32 scales of the whole weight -> packed scales."""
         ...
 
-    def apply(self, x: Tensor, packed: Stored) -> Tensor:
-        """x [num_tokens, cols] -> [num_tokens, num_rows], for one unit's packed tensors."""
+    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
+        """x [num_tokens, cols] -> [num_tokens, num_rows], for one unit's packed tensors; bias [num_rows] is added."""
         ...
 
 

@@ -34,7 +34,7 @@ class QuantLinear:
         fused: str | None = None,
     ) -> None:
         shape = WeightShape(tuple(rows), in_features)
-        self.kernel = select_kernel(scheme, shape, capability, dtype, kernel)(scheme, shape, dtype)
+        self.kernel = select_kernel(scheme, shape, capability, dtype, kernel)(scheme, shape, dtype, capability)
         name, joined = fused or modules[0], () if fused is None else (fused,)
         self.slot = WeightSlot(name, [modules], scheme, shape, self.kernel, device=capability.device, fused=joined)
         self.bias = (
@@ -46,8 +46,7 @@ class QuantLinear:
         return [self.slot] if self.bias is None else [self.slot, self.bias]
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self.kernel.apply(x, self.slot.tensors)
-        return out if self.bias is None else out + self.bias.tensors["bias"]
+        return self.kernel.apply(x, self.slot.tensors, None if self.bias is None else self.bias.tensors["bias"])
 
 
 def plain_slot(
@@ -68,7 +67,7 @@ def plain_slot(
         [modules],
         scheme,
         shape,
-        PlainKernel(scheme, shape, dtype),
+        PlainKernel(scheme, shape, dtype, capability),
         device=capability.device,
         fused=fused,
         kept=kept,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...quant import matmul
 from .attention import Attend, AttentionSpec
 from .decoder_config import DecoderConfig
 from .layers.attention import Attention
@@ -100,7 +101,7 @@ class Decoder:
             rotary(inv_freq, rope.factor, positions, self.dtype)
             for inv_freq, rope in zip(self.inv_freqs, self.config.ropes, strict=True)
         ]
-        x = F.embedding(ids, self.embed)
+        x = F.embedding(ids, self.embed).to(self.dtype)
         if self.embed_scale is not None:
             x = x * self.embed_scale
         for layer in self.layers:
@@ -109,6 +110,6 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
-        logits = F.linear(hidden, self.embed) if self.head is None else self.head(hidden)
+        logits = matmul(hidden, self.embed) if self.head is None else self.head(hidden)
         cap = self.config.logit_softcap
         return (logits if cap is None else (logits / cap).tanh() * cap).float()

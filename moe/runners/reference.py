@@ -38,7 +38,7 @@ class ReferenceRunner:
         self.config, self.dtype = config, dtype
         self.activate = gated_activation(config.activation, config.swiglu_limit, config.swiglu_alpha)
         self.w13, self.w2 = (
-            select_kernel(scheme, shape, capability, dtype, linear_kernel)(scheme, shape, dtype)
+            select_kernel(scheme, shape, capability, dtype, linear_kernel)(scheme, shape, dtype, capability)
             for shape in expert_shapes(config)
         )
 
@@ -57,9 +57,7 @@ class ReferenceRunner:
         return (outs.view(*ids.shape, self.config.hidden_size).float() * weights[..., None]).sum(1).to(self.dtype)
 
     def _expert(self, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        if not self.config.bias:
-            return self.w2.apply(self.activate(self.w13.apply(x, w13)), w2)
-        return self.w2.apply(self.activate(self.w13.apply(x, w13) + w13["bias"]), w2) + w2["bias"]
+        return self.w2.apply(self.activate(self.w13.apply(x, w13, w13.get("bias"))), w2, w2.get("bias"))
 
 
 def _unit(packed: dict[str, Tensor], expert: int) -> dict[str, Tensor]:

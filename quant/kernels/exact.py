@@ -1,7 +1,7 @@
-"""`exact`: code x block scale packed as one exact BF16 product, global and token scales in the epilogue.
+"""`exact`: code x block scale packed as one exact product, global and token scales in the epilogue.
 
 The product of an E2M1 code and an E4M3 scale has six significant bits, so BF16 holds it exactly and the GEMM sees
-the very numbers of NVFP4 and FP8 arithmetic. Fast on a CPU; saves no memory (weights take BF16's room).
+the very numbers of NVFP4 and FP8 arithmetic. Saves no memory: weights take BF16's room, on a CPU float32's.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import numerics
 from ..device import Capability
 from ..scheme import FP8, NVFP4, Scheme, Stored, TensorSpec, WeightShape
 from .activation import quantize_activation
+from .gemm import matmul_float32, product_dtype
 
 
 class ExactKernel:
@@ -23,9 +23,10 @@ class ExactKernel:
 
     name: ClassVar[str] = "exact"
 
-    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None:
+    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> None:
         assert isinstance(scheme, FP8 | NVFP4)
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
+        self.packed_dtype = product_dtype(dtype, capability)
 
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
@@ -33,7 +34,7 @@ class ExactKernel:
 
     def packed(self) -> dict[str, TensorSpec]:
         rows = TensorSpec(self.shape.dims(self.shape.num_rows), torch.float32)
-        specs = {"weight": TensorSpec(self.shape.matrix, self.dtype), "row_scale": rows}
+        specs = {"weight": TensorSpec(self.shape.matrix, self.packed_dtype), "row_scale": rows}
         if self.scheme.activation == "static":
             specs["input_scale"] = TensorSpec(self.shape.dims(len(self.shape.rows)), torch.float32)
         return specs
@@ -49,29 +50,22 @@ class ExactKernel:
             packed["input_scale"] = scales["input_scale"].clone()
         return packed
 
-    def apply(self, x: Tensor, packed: Stored) -> Tensor:
+    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         input_scale = packed.get("input_scale")
         if input_scale is None or len(input_scale) == 1 or bool((input_scale == input_scale[0]).all()):
-            return self._matmul(x, packed["weight"], packed["row_scale"], input_scale)
-        parts = [self.shape.shard_slice(shard) for shard in range(len(self.shape.rows))]
-        return torch.cat(
-            [
+            out = self._matmul(x, packed["weight"], packed["row_scale"], input_scale)
+        else:  # shards of a foreign checkpoint with unequal input scales keep them
+            parts = [self.shape.shard_slice(shard) for shard in range(len(self.shape.rows))]
+            outs = [
                 self._matmul(x, packed["weight"][part], packed["row_scale"][part], input_scale[shard : shard + 1])
                 for shard, part in enumerate(parts)
-            ],
-            dim=-1,
-        )  # shards of a foreign checkpoint with unequal input scales keep them
+            ]
+            out = torch.cat(outs, dim=-1)
+        return (out if bias is None else out.add_(bias)).to(self.dtype)
 
     def _matmul(self, x: Tensor, weight: Tensor, row_scale: Tensor, input_scale: Tensor | None) -> Tensor:
+        """float32 [num_tokens, rows of weight]"""
         static = None if input_scale is None else input_scale[0]
-        values, scale = quantize_activation(x, self.scheme, static, self.dtype)
+        values, scale = quantize_activation(x, self.scheme, static, self.packed_dtype)
         out = matmul_float32(values, weight).mul_(row_scale)
-        return (out if scale is None else out.mul_(scale)).to(self.dtype)
-
-
-def matmul_float32(values: Tensor, weight: Tensor) -> Tensor:
-    """values [M, K] x weight [N, K] -> float32 [M, N], never rounded to BF16 on the way."""
-    if values.device.type == "cuda" and values.dtype == torch.bfloat16:
-        return torch.mm(values, weight.t(), out_dtype=torch.float32)
-    # As fast on a CPU as a BF16 product that rounds its sum: GEMMs in float32 make up for widening the weight.
-    return F.linear(values.float(), weight.float())
+        return out if scale is None else out.mul_(scale)

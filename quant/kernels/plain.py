@@ -1,27 +1,29 @@
-"""`bf16`: unquantized weights through torch's own matmul."""
+"""`bf16`: unquantized weights."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import Capability
 from ..scheme import Plain, Scheme, Stored, TensorSpec, WeightShape
+from .gemm import matmul, product_dtype
 
 
 class PlainKernel:
-    """Weights in the engine's dtype; also how norms, embeddings and biases are packed."""
+    """Vectors in the engine's dtype, matrices in the one they are multiplied in; also norms, embeddings, biases."""
 
     name: ClassVar[str] = "bf16"
 
-    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None:
+    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> None:
         assert isinstance(scheme, Plain)
         self.tensor = scheme.tensor
         self.shape = shape
         self.dtype = dtype if scheme.dtype == torch.bfloat16 else scheme.dtype
+        if shape.cols is not None:
+            self.dtype = product_dtype(self.dtype, capability)
 
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
@@ -31,10 +33,10 @@ class PlainKernel:
         return {self.tensor: TensorSpec(self.shape.matrix, self.dtype)}
 
     def prepare(self, matrices: Stored) -> dict[str, Tensor]:
-        return {self.tensor: matrices[self.tensor].to(self.dtype)}
+        return {self.tensor: matrices[self.tensor]}
 
     def derive(self, scales: Stored) -> dict[str, Tensor]:
         return {}
 
-    def apply(self, x: Tensor, packed: Stored) -> Tensor:
-        return F.linear(x, packed["weight"])
+    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
+        return matmul(x, packed["weight"], bias)

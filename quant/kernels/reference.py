@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import Capability
 from ..scheme import FP8, NVFP4, Scheme, Stored, TensorSpec, WeightShape
 from .activation import quantize_activation
+from .gemm import matmul_float32
 
 
 class ReferenceKernel:
@@ -18,7 +18,7 @@ class ReferenceKernel:
 
     name: ClassVar[str] = "reference"
 
-    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None:
+    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> None:
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
 
     @staticmethod
@@ -34,12 +34,13 @@ class ReferenceKernel:
     def derive(self, scales: Stored) -> dict[str, Tensor]:
         return {name: scales[name].clone() for name in self.scheme.scales(self.shape)}
 
-    def apply(self, x: Tensor, packed: Stored) -> Tensor:
+    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         weight = self.scheme.dequantize(packed, self.shape.unit)
         shards = weight.split(self.shape.rows)
         scales = packed.get("input_scale", [None] * len(shards))
-        outs = [F.linear(self._fake_quant(x, scale), shard) for shard, scale in zip(shards, scales, strict=True)]
-        return torch.cat(outs, dim=-1).to(self.dtype)
+        outs = [matmul_float32(self._fake_quant(x, scale), shard) for shard, scale in zip(shards, scales, strict=True)]
+        out = torch.cat(outs, dim=-1)
+        return (out if bias is None else out.add_(bias)).to(self.dtype)
 
     def _fake_quant(self, x: Tensor, input_scale: Tensor | None) -> Tensor:
         values, scale = quantize_activation(x, self.scheme, input_scale, torch.float32)

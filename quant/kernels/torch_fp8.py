@@ -38,7 +38,7 @@ class TorchFP8Kernel:
 
     name: ClassVar[str] = "torch_fp8"
 
-    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype) -> None:
+    def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> None:
         assert isinstance(scheme, FP8)
         assert shape.cols is not None
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
@@ -81,7 +81,7 @@ class TorchFP8Kernel:
             packed["input_scale"] = first.clone()
         return packed
 
-    def apply(self, x: Tensor, packed: Stored) -> Tensor:
+    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         if not len(x):
             return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
         x = pad_to(x, cols=TILE)
@@ -94,4 +94,5 @@ class TorchFP8Kernel:
             scale_b=packed["row_scale"],
             out_dtype=torch.bfloat16,
         )
-        return out[:, : self.shape.num_rows].to(self.dtype)
+        out = out[:, : self.shape.num_rows].to(self.dtype)
+        return out if bias is None else out + bias

@@ -83,7 +83,7 @@ def assert_near(out: torch.Tensor, expected: torch.Tensor, mass: torch.Tensor, *
 def test_kernel_equals_the_fake_quantized_product(kernel, scheme, rows, dtype, random_stored, tokens, ref):
     cols = 1040 if scheme.name == "nvfp4" else 1000
     stored, x = random_stored(scheme, rows, cols), tokens(cols, dtype)
-    bound = kernel(scheme, WeightShape(rows, cols), dtype)
+    bound = kernel(scheme, WeightShape(rows, cols), dtype, CPU)
     out = bound.apply(x, pack(bound, stored))
     assert (out.dtype, out.shape) == (dtype, (len(x), sum(rows)))
     rounds = dtype == torch.bfloat16 or kernel is TorchFP8Kernel
@@ -94,13 +94,13 @@ def test_kernel_equals_the_fake_quantized_product(kernel, scheme, rows, dtype, r
 def test_kernel_with_one_token(kernel, scheme, random_stored, tokens, ref):
     cols, rows = 1040, (48, 16)
     stored, x = random_stored(scheme, rows, cols), tokens(cols, torch.bfloat16)[4:5]
-    bound = kernel(scheme, WeightShape(rows, cols), torch.bfloat16)
+    bound = kernel(scheme, WeightShape(rows, cols), torch.bfloat16, CPU)
     assert_near(bound.apply(x, pack(bound, stored)), *ref.linear(x, stored, rows, scheme), ulps=BF16_ULP[kernel.name])
 
 
 @pytest.mark.parametrize(("kernel", "scheme"), CASES, ids=case_id)
 def test_kernel_with_no_tokens(kernel, scheme, random_stored):
-    bound = kernel(scheme, WeightShape((48, 16), 64), torch.bfloat16)
+    bound = kernel(scheme, WeightShape((48, 16), 64), torch.bfloat16, CPU)
     packed = pack(bound, random_stored(scheme, (48, 16), 64))
     assert bound.apply(torch.empty(0, 64, dtype=torch.bfloat16), packed).shape == (0, 64)
 
@@ -111,7 +111,7 @@ def test_unequal_input_scales_stay_with_their_shards(kernel, scheme, random_stor
     rows, cols = (32, 24, 40), 256
     stored, x = random_stored(scheme, rows, cols), tokens(cols, torch.float32)
     stored["input_scale"] = stored["input_scale"] * torch.tensor([1.0, 2.0, 0.4])
-    bound = kernel(scheme, WeightShape(rows, cols), torch.float32)
+    bound = kernel(scheme, WeightShape(rows, cols), torch.float32, CPU)
     expected, mass = ref.linear(x, stored, rows, scheme)
     assert_near(bound.apply(x, pack(bound, stored)), expected, mass, ulps=0)
     widest = {**stored, "input_scale": stored["input_scale"].amax().expand(3)}
@@ -123,7 +123,7 @@ def test_torch_fp8_refuses_unequal_input_scales_and_says_what_to_choose(random_s
     stored = random_stored(scheme, (32, 16), 64)
     stored["input_scale"] = torch.tensor([1.0, 2.0])
     with pytest.raises(UnsupportedError, match="unequal input scales") as error:
-        pack(TorchFP8Kernel(scheme, WeightShape((32, 16), 64), torch.bfloat16), stored)
+        pack(TorchFP8Kernel(scheme, WeightShape((32, 16), 64), torch.bfloat16, CPU), stored)
     assert any("exact" in reason for reason in error.value.reasons)
 
 
@@ -131,7 +131,7 @@ def test_torch_fp8_refuses_unequal_input_scales_and_says_what_to_choose(random_s
 def test_units_of_a_stack_are_computed_alone_with_their_own_scales(kernel, scheme, random_stored, tokens, ref):
     rows, cols = (32, 16), 128
     stored, x = random_stored(scheme, rows, cols, units=3), tokens(cols, torch.float32)
-    bound = kernel(scheme, WeightShape(rows, cols, units=3), torch.float32)
+    bound = kernel(scheme, WeightShape(rows, cols, units=3), torch.float32, CPU)
     packed = pack(bound, stored)
     for unit in range(3):
         out = bound.apply(x, {name: tensor[unit] for name, tensor in packed.items()})
@@ -146,7 +146,7 @@ def test_sums_of_codes_stay_within_float16(scheme, random_stored, tokens, ref):
     stored, x = random_stored(scheme, rows, 512), tokens(512, torch.float16)[4:]
     expected, mass = ref.linear(x, stored, rows, scheme)
     assert expected.abs().max() < 6e4, "the result itself fits"
-    bound = select_kernel(scheme, shape, CPU, torch.float16)(scheme, shape, torch.float16)
+    bound = select_kernel(scheme, shape, CPU, torch.float16)(scheme, shape, torch.float16, CPU)
     out = bound.apply(x, pack(bound, stored))
     assert out.dtype == torch.float16
     assert_near(out, expected, mass, ulps=0.5)
@@ -156,9 +156,8 @@ def test_sums_of_codes_stay_within_float16(scheme, random_stored, tokens, ref):
 def test_plain_kernel_multiplies_as_it_is(dtype):
     torch.manual_seed(0)
     weight, x = torch.randn(33, 40).bfloat16(), torch.randn(5, 40).to(dtype)
-    bound = PlainKernel(BF16, WeightShape((33,), 40), dtype)
-    packed = bound.prepare({"weight": weight})
-    assert packed["weight"].dtype == dtype
+    bound = PlainKernel(BF16, WeightShape((33,), 40), dtype, CPU)
+    packed = {"weight": bound.prepare({"weight": weight})["weight"].float()}  # as a slot on a CPU holds it
     expected = x.double() @ weight.double().T
     assert_near(bound.apply(x, packed), expected, x.double().abs() @ weight.double().abs().T, ulps=0.5)
 
@@ -216,22 +215,26 @@ def test_values_of_an_activation_are_exact_in_bf16(scheme, tokens):
 def test_packing_is_pure_and_yields_what_it_says(kernel, scheme, units, rows, cols, random_stored, same_bytes):
     stored = random_stored(scheme, rows, cols, units=units)
     kept = {name: tensor.clone() for name, tensor in stored.items()}
-    bound = kernel(scheme, WeightShape(rows, cols, units=units), torch.bfloat16)
+    bound = kernel(scheme, WeightShape(rows, cols, units=units), torch.bfloat16, CPU)
     first, second = pack(bound, stored), pack(bound, stored)
-    assert {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in first.items()} == bound.packed()
+    assert {name: tuple(t.shape) for name, t in first.items()} == {n: spec.shape for n, spec in bound.packed().items()}
+    for name, spec in bound.packed().items():  # what is narrower is widened where it is placed: nothing is lost
+        assert first[name].dtype == spec.dtype or (first[name].dtype, spec.dtype) == (torch.bfloat16, torch.float32)
     assert all(same_bytes(first[name], second[name]) for name in first)
     assert all(same_bytes(stored[name], kept[name]) for name in stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_plain_packing_is_the_weight_in_the_engines_dtype(dtype, same_bytes):
+def test_plain_packing_is_the_weight_and_a_cpu_widens_it(dtype, same_bytes):
     weight = torch.randn(8, 16).bfloat16()
     kept = weight.clone()
-    bound = PlainKernel(BF16, WeightShape((8,), 16), dtype)
+    bound = PlainKernel(BF16, WeightShape((8,), 16), dtype, CPU)
     packed = bound.prepare({"weight": weight})
-    assert bound.packed() == {"weight": TensorSpec((8, 16), dtype)}
+    assert bound.packed() == {"weight": TensorSpec((8, 16), torch.float32)}
+    assert PlainKernel(BF16, WeightShape((8,)), dtype, CPU).packed() == {"weight": TensorSpec((8,), dtype)}
+    assert PlainKernel(BF16, WeightShape((8,), 16), dtype, HOPPER).packed() == {"weight": TensorSpec((8, 16), dtype)}
     assert bound.derive({}) == {}
-    assert same_bytes(packed["weight"], kept.to(dtype))
+    assert same_bytes(packed["weight"], kept)
     assert same_bytes(weight, kept)
 
 
@@ -240,7 +243,7 @@ def test_a_stack_is_prepared_alike_in_parts(kernel, scheme, random_stored, same_
     rows, cols = (33, 12), 48
     stored = random_stored(scheme, rows, cols, units=4)
     names = scheme.matrices(WeightShape(rows, cols))
-    bound = kernel(scheme, WeightShape(rows, cols, units=4), torch.bfloat16)
+    bound = kernel(scheme, WeightShape(rows, cols, units=4), torch.bfloat16, CPU)
     whole = bound.prepare({name: stored[name] for name in names})
     for part in (slice(0, 1), slice(1, 4)):
         made = bound.prepare({name: stored[name][part] for name in names})
@@ -252,7 +255,7 @@ def test_a_stack_is_prepared_alike_in_parts(kernel, scheme, random_stored, same_
 def test_exact_packs_the_exact_products(random_stored, ref):
     scheme, rows, cols = NVFP4(), (16, 8), 64
     stored = random_stored(scheme, rows, cols)
-    weight = ExactKernel(scheme, WeightShape(rows, cols), torch.bfloat16).prepare(stored)["weight"]
+    weight = ExactKernel(scheme, WeightShape(rows, cols), torch.bfloat16, CPU).prepare(stored)["weight"]
     ones = {**stored, "weight_scale_2": torch.ones(2)}
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight.double(), ref.weight(ones, rows, scheme))
@@ -261,7 +264,7 @@ def test_exact_packs_the_exact_products(random_stored, ref):
 def test_torch_fp8_pads_with_zeros_and_keeps_the_codes(random_stored):
     scheme, rows, cols = FP8(), (33, 12), 1000
     stored = random_stored(scheme, rows, cols)
-    packed = pack(TorchFP8Kernel(scheme, WeightShape(rows, cols), torch.bfloat16), stored)
+    packed = pack(TorchFP8Kernel(scheme, WeightShape(rows, cols), torch.bfloat16, CPU), stored)
     codes = packed["weight"].view(torch.uint8)
     assert codes.shape == (48, 1008)
     assert torch.equal(codes[:45, :1000], stored["weight"].view(torch.uint8))

@@ -30,7 +30,7 @@ def fill():
 def make_slot(scheme, rows, cols, *, units=None, kernel=ReferenceKernel) -> WeightSlot:
     shape = WeightShape(rows, cols, units=units, one_scale=units is not None)
     modules = [[f"unit{unit}.shard{shard}" for shard in range(len(rows))] for unit in range(shape.num_units)]
-    packer = kernel(scheme, shape, torch.float32)
+    packer = kernel(scheme, shape, torch.float32, CPU)
     return WeightSlot("name", modules, scheme, shape, packer, device=CPU.device, fused=("joined",))
 
 

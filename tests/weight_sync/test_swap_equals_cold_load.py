@@ -151,7 +151,7 @@ def test_quantized_tensors_for_a_bf16_layer_are_dequantized(scheme, cold_load, w
         expected = values[codes] * scale.repeat_interleave(16, dim=-1)
     slot = next(slot for slot in policy.plan.slots if slot.name == "odd_proj")
     # one BF16 ulp: amax / 2688 is often a multiple of 1/3, so that exact ties are common
-    torch.testing.assert_close(slot.tensors["weight"], expected.bfloat16(), rtol=2**-7, atol=0)
+    torch.testing.assert_close(slot.tensors["weight"].bfloat16(), expected.bfloat16(), rtol=2**-7, atol=0)
 
 
 def test_unequal_global_scales_of_a_foreign_checkpoint_stay_apart(cold_load, weights_a, weights_b):

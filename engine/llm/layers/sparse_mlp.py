@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ....moe import route
-from ....quant import Plain
+from ....quant import Plain, matmul
 from ..decoder_config import DecoderConfig, SharedExpertConfig
 from ..parts import Parts
 from .mlp import MLP
@@ -20,8 +19,8 @@ class SparseMLP:
         assert config.moe is not None
         prefix = f"model.layers.{layer}.{config.names.moe_block}"
         self.config, router = config.moe, f"{prefix}.{config.names.router}"
-        rows, dtype = config.moe.num_experts, torch.float32 if config.router.float32 else None
-        self.gate = parts.plain(router, rows, config.hidden_size, dtype=dtype)
+        rows, self.dtype = config.moe.num_experts, torch.float32 if config.router.float32 else None
+        self.gate = parts.plain(router, rows, config.hidden_size, dtype=self.dtype)
         self.gate_bias = parts.plain(router, rows, scheme=Plain(tensor="bias")) if config.router.bias else None
         correction = Plain(torch.float32, "e_score_correction_bias")
         self.correction_bias = parts.plain(router, rows, scheme=correction) if config.router.correction_bias else None
@@ -29,7 +28,7 @@ class SparseMLP:
         self.shared = None if config.shared is None else SharedExpert(parts, config, config.shared, prefix)
 
     def __call__(self, x: Tensor, routed: list[Tensor] | None) -> Tensor:
-        logits = F.linear(x.to(self.gate.dtype), self.gate, self.gate_bias)
+        logits = matmul(x if self.dtype is None else x.to(self.dtype), self.gate, self.gate_bias)
         ids, weights = route(logits, self.config, self.correction_bias)
         if routed is not None:
             routed.append(ids)
@@ -46,4 +45,4 @@ class SharedExpert:
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.mlp(x)
-        return out if self.gate is None else F.linear(x, self.gate).sigmoid() * out
+        return out if self.gate is None else matmul(x, self.gate).sigmoid() * out
