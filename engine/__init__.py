@@ -21,6 +21,7 @@ from .errors import (
     TransportError,
     UnsupportedError,
 )
+from .export import ExportReport, quantize_checkpoint
 from .types import Completion, VersionSpan
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "CoverageError",
     "Engine",
     "EngineConfig",
+    "ExportReport",
     "ModelError",
     "NonFiniteError",
     "PoisonedError",
@@ -49,4 +51,5 @@ __all__ = [
     "VersionSpan",
     "WeightSession",
     "WeightSource",
+    "quantize_checkpoint",
 ]

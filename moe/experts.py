@@ -57,10 +57,13 @@ class RoutedExperts:
             fused=(f"{prefix}.down_proj",),
         )
 
+        self.runner.watch_w2 = self.w2.watch
+
     @property
     def slots(self) -> list[WeightSlot]:
         return [self.w13, self.w2]
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size]."""
+        self.w13.watch(x)
         return self.runner.apply(x, ids, weights, self.w13.tensors, self.w2.tensors)

@@ -4,6 +4,7 @@ from .device import Capability, find_capability
 from .errors import ConfigError, ModelError, RollmillError, UnsupportedError
 from .kernel import LINEAR_KERNELS, LinearKernel, select_kernel
 from .linear import QuantLinear, plain_slot
+from .meter import ActivationMeter, AmaxMeter, ClippingMeter, clipping_shares, reset_clipping
 from .modelopt import QuantPlan, matches_any, read_quant_plan
 from .scheme import (
     BF16,
@@ -25,7 +26,10 @@ __all__ = [
     "LINEAR_KERNELS",
     "NVFP4",
     "Activation",
+    "ActivationMeter",
+    "AmaxMeter",
     "Capability",
+    "ClippingMeter",
     "ConfigError",
     "LinearKernel",
     "ModelError",
@@ -39,10 +43,12 @@ __all__ = [
     "UnsupportedError",
     "WeightShape",
     "WeightSlot",
+    "clipping_shares",
     "find_capability",
     "make_scheme",
     "matches_any",
     "plain_slot",
     "read_quant_plan",
+    "reset_clipping",
     "select_kernel",
 ]

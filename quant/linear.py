@@ -46,6 +46,7 @@ class QuantLinear:
         return [self.slot] if self.bias is None else [self.slot, self.bias]
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.slot.watch(x)
         out = self.kernel.apply(x, self.slot.tensors)
         return out if self.bias is None else out + self.bias.tensors["bias"]
 

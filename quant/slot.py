@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .meter import ActivationMeter, ClippingMeter
 from .scheme import Scheme, Stored, TensorSpec, WeightShape
 
 
@@ -45,6 +46,9 @@ class WeightSlot:
         self.tensors = {key: empty(spec, device) for key, spec in packer.packed().items()}
         self.scales = {key: empty(spec, device) for key, spec in self.scale_specs.items()}
         self.digests: dict[str, int] = {}
+        self.meter: ActivationMeter | None = None
+        if "input_scale" in self.scales:
+            self.meter = ClippingMeter(self.scales["input_scale"], scheme.code_max)
         assert len(self.modules) == shape.num_units
         assert all(len(unit) == len(shape.rows) for unit in self.modules)
 
@@ -56,6 +60,11 @@ class WeightSlot:
     @property
     def num_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
+
+    def watch(self, x: Tensor) -> None:
+        """Show an input of this weight to its meter, if it has one."""
+        if self.meter is not None:
+            self.meter(x)
 
     def place(self, target: Mapping[str, Tensor], unit: int, packed: Mapping[str, Tensor]) -> None:
         """Write one unit's packed tensors into `target`, which has this slot's packed specs."""

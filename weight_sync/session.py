@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from ..quant import ModelError, RollmillError, WeightSlot
+from ..quant import ModelError, RollmillError, WeightSlot, clipping_shares, reset_clipping
 from .clock import Clock
 from .digest import tensor_digest, weights_digest
 from .errors import (
@@ -52,6 +52,7 @@ class WeightSession:
         self._ignored: dict[str, int] = {}
         self._tied: dict[str, int] = {}
         self._tensors = self._bytes_in = 0
+        self._clipping: dict[str, float] = {}
         self._torn = False
         self._error: BaseException | None = None
         self._paused_since: float | None = None
@@ -165,7 +166,8 @@ class WeightSession:
         self._close()
 
     def _flip(self) -> None:
-        start = time.perf_counter()
+        start, slots = time.perf_counter(), self.served.plan.slots
+        self._clipping = {} if self.served.version is None else clipping_shares(slots)
         self._torn = True  # an interrupt among the copies must not leave a mixture serving
         self.served.poisoned = f"the commit of version {self.version!r} has not finished"
         with self.clock("commit"):
@@ -173,6 +175,7 @@ class WeightSession:
                 slot.commit(staging.packed, staging.scales, staging.digests())
             self.served.flip(self.version)
         self._torn = False
+        reset_clipping(slots)
         self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
 
     def check_ledger(self) -> None:
@@ -220,6 +223,7 @@ class WeightSession:
             seconds=self.clock.seconds,
             digest=self.served.digest(),
             warnings=tuple(f"{count} tensors ignored: {why}" for why, count in self._ignored.items()),
+            clipping=self._clipping,
         )
 
     def _check_open(self) -> None:

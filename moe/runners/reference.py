@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -36,6 +37,7 @@ class ReferenceRunner:
         linear_kernel: str = "auto",
     ) -> None:
         self.config, self.dtype = config, dtype
+        self.watch_w2: Callable[[Tensor], None] = lambda x: None
         self.w13, self.w2 = (
             select_kernel(scheme, shape, capability, dtype, linear_kernel)(scheme, shape, dtype)
             for shape in expert_shapes(config)
@@ -57,7 +59,9 @@ class ReferenceRunner:
 
     def _expert(self, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         gate, up = self.w13.apply(x, w13).chunk(2, dim=-1)
-        return self.w2.apply(F.silu(gate) * up, w2)
+        inner = F.silu(gate) * up
+        self.watch_w2(inner)
+        return self.w2.apply(inner, w2)
 
 
 def _unit(packed: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
