@@ -168,7 +168,9 @@ def _write_tensors(
     return writer.close()
 
 
-def _write_configs(folder: Path, checkpoint: Checkpoint, quant: QuantFormat, kept: Sequence[str], *, static: bool) -> None:
+def _write_configs(
+    folder: Path, checkpoint: Checkpoint, quant: QuantFormat, kept: Sequence[str], *, static: bool
+) -> None:
     config = {**checkpoint.raw_config, "quantization_config": quantization_config(quant, kept, static=static)}
     (folder / "config.json").write_text(json.dumps(config, indent=4))
     (folder / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(quant, kept), indent=4))

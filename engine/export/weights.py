@@ -103,7 +103,9 @@ def _span(index: int | None, count: int) -> range:
     return range(count) if index is None else range(index, index + 1)
 
 
-def _piece(name: str, slot: WeightSlot, whole_unit: int | None, whole_shard: int | None, unit: int, shard: int) -> Piece:
+def _piece(
+    name: str, slot: WeightSlot, whole_unit: int | None, whole_shard: int | None, unit: int, shard: int
+) -> Piece:
     stacked = whole_unit is None and slot.shape.units is not None
     return Piece(name, unit if stacked else None, slot.shape.shard_slice(shard) if whole_shard is None else None)
 
