@@ -1,9 +1,9 @@
 """What quantization costs: perplexity and mean KL(bf16 || quantized) a token, through the engine.
 
-Model: SmolLM2-135M upcycled to 4 experts, top-2, with 10 % noise. Texts: the heads of 6 Wikipedia articles, 256 tokens each;
-static scales come from `quantize_checkpoint(texts=...)` over other texts (8 articles, 8 news items, one sequence of
-word problems); `static_half` halves every input_scale: clipping, as weights that have drifted far would see it.
-Limit: the bar. Peer: an emulation in float32 over the same kind of model and texts, whose noise and articles' cleaning
+Model: SmolLM2-135M upcycled to 4 experts, top-2, with 10 % noise. Texts: the heads of 6 Wikipedia articles, 256 tokens
+each. Static scales come from `quantize_checkpoint(texts=...)` over other texts: 8 articles, 8 news items, one sequence
+of word problems. `static_half` halves every input_scale: it clips as scales do that weights have outgrown.
+Limit: the bar. Peer: an emulation in float32 over the same kind of model and texts, whose noise and cleaning of texts
 differ; its rows at half the scale saw 4 of the 6 articles, on which BF16 has perplexity 22.5.
 """
 
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import texts
@@ -29,6 +30,8 @@ from transformers import AutoTokenizer
 from rollmill.engine import Engine, EngineConfig, quantize_checkpoint
 from rollmill.engine.demo.model import build_model
 from rollmill.engine.env import cache_home
+from rollmill.engine.export import QuantFormat
+from rollmill.quant import QuantName
 
 PEER = "float32 emulation"
 HALF_PEER = "float32 emulation, 4 of 6 articles"
@@ -38,7 +41,7 @@ class Variant(msgspec.Struct, frozen=True):
     """One way to quantize; bars and the emulation's figures for KL and perplexity."""
 
     name: str
-    quant: str
+    quant: QuantName
     scales: str  # "none" | "per_token" | "static" | "static_half"
     bars: tuple[float | None, float | None] = (None, None)
     peers: tuple[float, float] = (0.0, 0.0)
@@ -118,7 +121,7 @@ def halve_scales(folder: Path, out: Path) -> Path:
     return out
 
 
-def prepare(model: Path, calibration: Path, work: Path, quant: str, length: int) -> dict[str, Path]:
+def prepare(model: Path, calibration: Path, work: Path, quant: QuantFormat, length: int) -> dict[str, Path]:
     """Folder by kind of scales for one format."""
     static = work / f"{quant}_static"
     report = quantize_checkpoint(
@@ -174,7 +177,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=cache, prefix="accuracy-") as work:
         calibration = Path(work) / "calibration.jsonl"
         write_calibration_texts(calibration, articles, news, model, arguments.tokens)
-        for quant in ("nvfp4", "fp8"):
+        for quant in get_args(QuantFormat):
             folders = prepare(model, calibration, Path(work), quant, arguments.tokens)
             found: dict[str, Measured] = {}
             for variant in (v for v in VARIANTS if v.quant.startswith(quant)):

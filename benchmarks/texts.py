@@ -13,7 +13,9 @@ import sys
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 REQUIREMENT = "gensim==4.4.0"
 FOLDER = "gensim/test/test_data"
@@ -39,7 +41,7 @@ def fetch(cache: Path) -> Path:
 def read_articles(folder: Path) -> list[str]:
     """Prose of the articles of the Wikipedia excerpt, in its order; redirects and stubs are left out."""
     with bz2.open(folder / WIKI) as dump:
-        sources = list(_sources(dump.read()))
+        sources = list(_sources(dump))
     articles = [_prose(source) for source in sources if not source.lstrip().upper().startswith("#REDIRECT")]
     return [article for article in articles if len(article) > ARTICLE]
 
@@ -61,22 +63,19 @@ def read_problems(count: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def _sources(dump: bytes) -> Iterator[str]:
+def _sources(dump: IO[bytes]) -> Iterator[str]:
     """Wiki source of every page of the main namespace; the dump was cut short, so it is no whole XML document."""
-    parser = ElementTree.XMLPullParser(["end"])
-    try:
-        parser.feed(dump)
-    except ElementTree.ParseError:
-        pass  # its ragged end
     page: dict[str, str] = {}
-    for _, element in parser.read_events():
-        tag = element.tag.rpartition("}")[2]
-        if tag in ("ns", "text"):
-            page[tag] = element.text or ""
-        elif tag == "page":
-            if page.get("ns") == "0":
-                yield page.get("text", "")
-            page = {}
+    with suppress(ElementTree.ParseError):  # its ragged end
+        for _, element in ElementTree.iterparse(dump):
+            tag = element.tag.rpartition("}")[2]
+            if tag in ("ns", "text"):
+                page[tag] = element.text or ""
+            elif tag == "page":
+                if page.get("ns") == "0":
+                    yield page.get("text", "")
+                page = {}
+                element.clear()
 
 
 INNERMOST = [  # removed again and again, from the inside out

@@ -22,6 +22,7 @@ from .errors import (
     UnsupportedError,
 )
 from .export import ExportReport, quantize_checkpoint
+from .inventory import Inventory, inspect_checkpoint
 from .types import Completion, VersionSpan
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "ExportReport",
+    "Inventory",
     "ModelError",
     "NonFiniteError",
     "PoisonedError",
@@ -51,5 +53,6 @@ __all__ = [
     "VersionSpan",
     "WeightSession",
     "WeightSource",
+    "inspect_checkpoint",
     "quantize_checkpoint",
 ]

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..export import ExportReport, quantize_checkpoint
-from ..export.layout import QuantFormat
+from ..export import ExportReport, QuantFormat, quantize_checkpoint
 
 PER_TOKEN = "no input_scale was written (no --calibrate): engines quantize activations per token, online"
 
@@ -22,9 +21,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "quantize",
         help="write a BF16 checkpoint as FP8 or NVFP4, in ModelOpt's layout",
-        description="Writes a BF16 checkpoint as FP8 or NVFP4 in ModelOpt's layout. With --calibrate, static activation "
-        "scales are measured over your texts; without, no input_scale is written, and engines that open the "
-        "checkpoint quantize activations per token.",
+        description="Writes a BF16 checkpoint as FP8 or NVFP4 in ModelOpt's layout. With --calibrate, static "
+        "activation scales are measured over your texts; without, no input_scale is written, and engines that open "
+        "the checkpoint quantize activations per token.",
     )
     parser.add_argument("model", help="BF16 model folder or hub id")
     parser.add_argument("--quant", choices=get_args(QuantFormat), required=True)
@@ -32,8 +31,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--keep",
         action="append",
         metavar="PATTERN",
-        help="modules that stay in BF16: whole dotted names, * matches anything; may be repeated; replaces the default, "
-        "lm_head (embeddings, norms and routers always stay)",
+        help="modules that stay in BF16: whole dotted names, * matches anything; may be repeated; replaces the "
+        "default, lm_head (embeddings, norms and routers always stay)",
     )
     parser.add_argument(
         "--calibrate", type=Path, metavar="FILE", help='texts: a text file, or .jsonl with "text" or "messages"'

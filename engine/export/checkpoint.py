@@ -6,7 +6,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -29,9 +30,18 @@ from .weights import SourceWeights, stored_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 COPIED_FILES = (  # what goes along as it is
-    "generation_config.json tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt chat_template* "
-    "*.model *.tiktoken *.py LICENSE*"
-).split()
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+)
 
 
 class ExportReport(Struct, frozen=True):
@@ -80,7 +90,7 @@ def quantize_checkpoint(
     _check_request(out, tokens_per_sequence, sequences)
     checkpoint = Checkpoint(path)
     plan, warnings = plan_export(checkpoint, quant, keep)
-    quantized = {slot.name for slot in plan.slots if not isinstance(slot.scheme, Plain)}
+    quantized = {slot.name: slot for slot in plan.slots if not isinstance(slot.scheme, Plain)}
     calibration = None
     with SourceWeights(checkpoint.source, plan) as source:
         if texts is not None:
@@ -93,24 +103,16 @@ def quantize_checkpoint(
                 device=device,
                 progress=progress,
             )
-        building = Path(tempfile.mkdtemp(dir=_parent(out), prefix=f".{out.name}.building-"))
-        try:
-            writer = ShardWriter(building, max_shard_bytes)
+        with _building(out) as folder:
+            writer = ShardWriter(folder, max_shard_bytes)
             files = _write_tensors(writer, source, calibration, progress)
-            kept = kept_modules(plan)
-            _write_configs(building, checkpoint, quant, kept, static=calibration is not None)
-            building.chmod(0o755)  # mkdtemp's 0o700 would hide the folder from other readers
-            if out.exists():
-                out.rmdir()  # empty, as was checked
-            building.rename(out)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            _write_configs(folder, checkpoint, quant, kept_modules(plan), static=calibration is not None)
     return ExportReport(
         folder=str(out),
         quant=quant,
         activation="per_token" if calibration is None else "static",
-        modules=sum(len(unit) for slot in plan.slots if slot.name in quantized for unit in slot.modules),
-        kept=tuple(kept),
+        modules=sum(len(unit) for slot in quantized.values() for unit in slot.modules),
+        kept=tuple(kept_modules(plan)),
         tensors=sum(map(len, writer.files)),
         files=files,
         bytes_in=sum(file.stat().st_size for file in checkpoint.source.files),
@@ -151,9 +153,19 @@ def _check_request(out: Path, tokens_per_sequence: int, sequences: int) -> None:
         raise ConfigError(f"{out} exists already and is not empty; choose another folder or remove it")
 
 
-def _parent(out: Path) -> Path:
+@contextmanager
+def _building(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at a clean end, and vanishes otherwise."""
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return out.absolute().parent
+    building = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.building-"))
+    try:
+        yield building
+        building.chmod(0o755)  # mkdtemp's 0o700 would hide the folder from other readers
+        if out.exists():
+            out.rmdir()  # empty, as was checked
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_tensors(

@@ -20,8 +20,8 @@ def read_sequences(
 ) -> list[list[int]]:
     """Up to `count` sequences of `length` token ids; the last may be shorter. The file is read as far as needed.
 
-    `*.jsonl`: a document a line, `{"text": ...}` or `{"messages": [...]}` (through the chat template); any other file is
-    one text. Documents follow one another in a sequence.
+    `*.jsonl`: a document a line, `{"text": ...}` or `{"messages": [...]}` (through the chat template); any other file
+    is one text. Documents follow one another in a sequence.
     """
     if tokenizer is None:
         raise RequestError("this model folder has no tokenizer: texts to calibrate on cannot be read")
