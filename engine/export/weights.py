@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...quant import Plain, WeightSlot
 from ...quant.numerics import decode_scale
-from ...weight_sync import CoverageError, SafetensorsSource, ShapeError, SyncPlan
+from ...weight_sync import CoverageError, SafetensorsSource, ShapeError, SyncPlan, Target
 from ...weight_sync.staging import check_finite
 
 Named = tuple[str, Tensor]
@@ -37,8 +37,8 @@ class SourceWeights:
         for file in source.files:
             tensors: Any = self._stack.enter_context(safe_open(file, framework="pt"))
             self._files |= dict.fromkeys(tensors.keys(), tensors)
-        self.pieces: dict[tuple[str, int, int], Piece] = {}
-        self.copied: dict[str, list[str]] = {}  # slot -> names of tensors that stay as they are
+        self.pieces: dict[tuple[WeightSlot, int, int], Piece] = {}
+        self.copied: dict[WeightSlot, list[str]] = {}  # names of tensors that stay as they are
         self.tied: list[str] = []
         self._find_pieces()
 
@@ -59,7 +59,7 @@ class SourceWeights:
         return torch.cat(shards) if len(shards) > 1 else shards[0]
 
     def _shard(self, slot: WeightSlot, unit: int, shard: int) -> Tensor:
-        piece = self.pieces[slot.name, unit, shard]
+        piece = self.pieces[slot, unit, shard]
         part = self._files[piece.name].get_slice(piece.name)
         value = part[:] if piece.unit is None else part[piece.unit]
         value = value if piece.rows is None else value[piece.rows]
@@ -72,42 +72,45 @@ class SourceWeights:
     def _find_pieces(self) -> None:
         unexpected, duplicate = [], []
         for name in sorted(self._files):
+            target = self.plan.resolve(name)
             if self.plan.why_ignored(name) is not None:
                 continue
-            target = self.plan.resolve(name)
             if target is None:
                 unexpected.append(name)
             elif name in self.plan.tied:
                 self.tied.append(name)
-            else:
-                units, shards = _span(target.unit, target.slot.shape.num_units), len(target.slot.shape.rows)
-                for unit in units:
-                    for shard in _span(target.shard, shards):
-                        key = (target.slot.name, unit, shard)
-                        if key in self.pieces:
-                            duplicate.append(name)
-                        self.pieces[key] = _piece(name, target.slot, target.unit, target.shard, unit, shard)
-                self.copied.setdefault(target.slot.name, []).append(name)
+            elif not self._add(name, target):
+                duplicate.append(name)
         missing = [
             f"{module}.{next(iter(slot.matrices))}"
             for slot in self.plan.slots
             for unit, modules in enumerate(slot.modules)
             for shard, module in enumerate(modules)
-            if (slot.name, unit, shard) not in self.pieces
+            if (slot, unit, shard) not in self.pieces
         ]
         if missing or unexpected or duplicate:
             raise CoverageError(missing, unexpected, duplicate)
 
+    def _add(self, name: str, target: Target) -> bool:
+        """Note what a tensor holds; False if some of it came before."""
+        slot = target.slot
+        pieces = {
+            (slot, unit, shard): Piece(
+                name,
+                unit if target.unit is None and slot.shape.units is not None else None,
+                slot.shape.shard_slice(shard) if target.shard is None else None,
+            )
+            for unit in _span(target.unit, slot.shape.num_units)
+            for shard in _span(target.shard, len(slot.shape.rows))
+        }
+        new = self.pieces.keys().isdisjoint(pieces)
+        self.pieces |= pieces
+        self.copied.setdefault(slot, []).append(name)
+        return new
+
 
 def _span(index: int | None, count: int) -> range:
     return range(count) if index is None else range(index, index + 1)
-
-
-def _piece(
-    name: str, slot: WeightSlot, whole_unit: int | None, whole_shard: int | None, unit: int, shard: int
-) -> Piece:
-    stacked = whole_unit is None and slot.shape.units is not None
-    return Piece(name, unit if stacked else None, slot.shape.shard_slice(shard) if whole_shard is None else None)
 
 
 def stored_tensors(source: SourceWeights, amax: Mapping[str, Tensor]) -> Iterator[list[Named]]:
@@ -117,7 +120,7 @@ def stored_tensors(source: SourceWeights, amax: Mapping[str, Tensor]) -> Iterato
     """
     for slot in source.plan.slots:
         if isinstance(slot.scheme, Plain):
-            yield [(name, source.tensor(name)) for name in source.copied[slot.name]]
+            yield [(name, source.tensor(name)) for name in source.copied[slot]]
             continue
         for unit, modules in enumerate(slot.modules):
             stored = slot.scheme.quantize(source.unit(slot, unit), slot.shape.unit)
