@@ -42,7 +42,7 @@ def kl(bf16_folder, texts, expected_logits, tmp_path_factory):
 
 
 def test_orders(kl):
-    """Random weights have no outliers, so half a scale clips little, and NVFP4's own error hides it: a quarter shows."""
+    """Random weights have no outliers: half a scale clips little, and NVFP4's own error hides it; a quarter shows."""
     assert kl["nvfp4_w4a16"] < kl["nvfp4_per_token"]
     for name in ("per_token", "static", "static_half", "static_quarter"):
         assert kl[f"fp8_{name}"] < kl[f"nvfp4_{name}"], name

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollmill.engine import Engine, RequestError, quantize_checkpoint
+from rollmill.engine import Engine, EngineConfig, RequestError, quantize_checkpoint
 from rollmill.engine.export.texts import read_sequences
 
 CODE_MAX = {"fp8": 448, "nvfp4": 2688}
@@ -61,6 +61,21 @@ def test_scales_are_the_largest_inputs(model, quant, bf16_folder, texts, calibra
     assert len(scales) == {"qwen3": 14, "qwen3_moe": 56}[model]
     for module, scale in scales.items():
         assert scale * CODE_MAX[quant] == pytest.approx(expected[reference_name(module)], rel=0.02), module
+
+
+def test_a_quantized_head_is_calibrated_too(bf16_folder, texts, calibration_ids, tmp_path):
+    """`keep` replaces the default, which is lm_head."""
+    source, out = bf16_folder("qwen3_moe"), tmp_path / "out"
+    report = quantize_checkpoint(source, out, "fp8", keep=["*.o_proj"], texts=texts, tokens_per_sequence=400)
+    assert "lm_head" not in report.kept
+    tensors = load_file(out / "model.safetensors")
+    expected = inputs_of(source, [calibration_ids])["lm_head"]
+    assert tensors["lm_head.input_scale"].item() * 448 == pytest.approx(expected, rel=0.02)
+    assert "model.layers.0.self_attn.o_proj.input_scale" not in tensors
+    with Engine(out) as engine, Engine(source, EngineConfig(quant="fp8", keep=["*.o_proj"])) as other:
+        heads = [next(s for s in e.model.slots if s.name == "lm_head") for e in (engine, other)]
+        assert heads[0].scheme.activation == "static"
+        assert torch.equal(heads[0].tensors["weight"], heads[1].tensors["weight"])
 
 
 @pytest.mark.parametrize("quant", ["fp8", "nvfp4"])
