@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from math import prod
 from types import TracebackType
 from typing import Any, Self
 
@@ -52,6 +53,16 @@ class SourceWeights:
 
     def tensor(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
+
+    def kept(self, slot: WeightSlot) -> list[Named]:
+        """The tensors of a slot that is not quantized, as they are."""
+        tensors = [(name, self.tensor(name)) for name in self.copied[slot]]
+        for name, value in tensors:
+            check_finite(name, value)
+        if sum(value.numel() for _, value in tensors) != prod(slot.shape.matrix):
+            got = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors)
+            raise ShapeError(f"{got}: expected {list(slot.shape.matrix)} in all")
+        return tensors
 
     def unit(self, slot: WeightSlot, unit: int) -> Tensor:
         """One unit's shards joined along rows: BF16 [num_rows, cols]."""
@@ -120,7 +131,7 @@ def stored_tensors(source: SourceWeights, amax: Mapping[str, Tensor]) -> Iterato
     """
     for slot in source.plan.slots:
         if isinstance(slot.scheme, Plain):
-            yield [(name, source.tensor(name)) for name in source.copied[slot]]
+            yield source.kept(slot)
             continue
         for unit, modules in enumerate(slot.modules):
             stored = slot.scheme.quantize(source.unit(slot, unit), slot.shape.unit)

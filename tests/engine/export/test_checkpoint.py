@@ -190,12 +190,14 @@ def broken(bf16_folder, tmp_path, edit):
     return folder
 
 
-UP = "model.layers.1.mlp.experts.3.up_proj.weight"
+UP, NORM = "model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"
 EDITS = {
     "missing": (lambda t: t.pop(UP), CoverageError),
     "unknown": (lambda t: t.update({"model.extra.weight": torch.zeros(2)}), CoverageError),
     "misshaped": (lambda t: t.update({UP: t[UP][:-1].clone()}), ShapeError),
     "not finite": (lambda t: t[UP].fill_(float("nan")), NonFiniteError),
+    "kept misshaped": (lambda t: t.update({NORM: t[NORM][:-1].clone()}), ShapeError),
+    "kept not finite": (lambda t: t[NORM].fill_(float("inf")), NonFiniteError),
 }
 
 
@@ -203,7 +205,9 @@ EDITS = {
 def test_a_failure_leaves_nothing_behind(edit, bf16_folder, tmp_path):
     change, error = EDITS[edit]
     folder = broken(bf16_folder, tmp_path, change)
-    with pytest.raises(error, match="model.extra" if edit == "unknown" else "experts.3.up_proj"):
+    with pytest.raises(
+        error, match={"unknown": "model.extra"}.get(edit, "model.norm" if "kept" in edit else "experts.3.up_proj")
+    ):
         quantize_checkpoint(folder, tmp_path / "out", "nvfp4")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
