@@ -22,6 +22,8 @@ from .errors import (
     TransportError,
     UnsupportedError,
 )
+from .export import ExportReport, quantize_checkpoint
+from .inventory import Inventory, inspect_checkpoint
 from .types import Completion, VersionSpan
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "CoverageError",
     "Engine",
     "EngineConfig",
+    "ExportReport",
+    "Inventory",
     "ModelError",
     "NonFiniteError",
     "PoisonedError",
@@ -51,4 +55,6 @@ __all__ = [
     "VersionSpan",
     "WeightSession",
     "WeightSource",
+    "inspect_checkpoint",
+    "quantize_checkpoint",
 ]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..quant import Activation, QuantName, RollmillError
+from .commands import inspect, quantize
 from .config import EngineConfig, SamplingParams
 from .engine import Engine
 from .env import cache_home, read_toggle_rows
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int)
     generate.add_argument("--json", action="store_true")
     generate.set_defaults(run=_generate)
+
+    quantize.add(commands)
+    inspect.add(commands)
 
     env = commands.add_parser("env", help="the environment toggles, their values and meanings")
     env.add_argument("--json", action="store_true")

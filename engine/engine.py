@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..quant import UnsupportedError, find_capability
+from ..quant import UnsupportedError, clipping_shares, find_capability
 from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession
 from .checkpoint import Checkpoint
 from .completions import Limits, RequestMaker, each_params, group
@@ -285,6 +285,7 @@ class Engine:
             "device": str(self.model.device),
             "quant": sorted({slot.scheme.name for slot in slots}),
             "activation": sorted({slot.scheme.activation for slot in slots} - {"none"}),
+            "clipping": clipping_shares(slots),
             "weight_bytes": sum(slot.num_bytes for slot in slots),
             **self.rollouts.info(),
             "master_bytes": self._policy.master_bytes,

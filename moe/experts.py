@@ -67,6 +67,7 @@ class RoutedExperts:
         self._served = [dict(self.w13.tensors), dict(self.w2.tensors)]
         for served, bias in zip(self._served, self.biases, strict=False):
             served |= bias.tensors
+        self.runner.watch_w2 = self.w2.watch
 
     @property
     def slots(self) -> list[WeightSlot]:
@@ -74,6 +75,7 @@ class RoutedExperts:
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size]."""
+        self.w13.watch(x)
         return self.runner.apply(x, ids, weights, *self._served)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
@@ -13,11 +14,15 @@ from .runners.reference import ReferenceRunner
 
 
 class MoeRunner(Protocol):
-    """A runner bound to a config, scheme and dtype; `w13` and `w2` say how its slots are packed."""
+    """A runner bound to a config, scheme and dtype; `w13` and `w2` say how its slots are packed.
+
+    It shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections; the layer sees that of w13.
+    """
 
     name: ClassVar[str]
     w13: LinearKernel
     w2: LinearKernel
+    watch_w2: Callable[[Tensor], None]
 
     def __init__(
         self,

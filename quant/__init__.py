@@ -5,6 +5,7 @@ from .errors import ConfigError, ModelError, RollmillError, UnsupportedError
 from .kernel import LINEAR_KERNELS, LinearKernel, select_kernel
 from .kernels.gemm import matmul
 from .linear import QuantLinear, plain_slot
+from .meter import ActivationMeter, AmaxMeter, ClippingMeter, clipping_shares, reset_clipping
 from .modelopt import QuantPlan, matches_any, read_quant_plan
 from .scheme import (
     BF16,
@@ -26,7 +27,10 @@ __all__ = [
     "LINEAR_KERNELS",
     "NVFP4",
     "Activation",
+    "ActivationMeter",
+    "AmaxMeter",
     "Capability",
+    "ClippingMeter",
     "ConfigError",
     "JoinedLayout",
     "LinearKernel",
@@ -41,11 +45,13 @@ __all__ = [
     "UnsupportedError",
     "WeightShape",
     "WeightSlot",
+    "clipping_shares",
     "find_capability",
     "make_scheme",
     "matches_any",
     "matmul",
     "plain_slot",
     "read_quant_plan",
+    "reset_clipping",
     "select_kernel",
 ]

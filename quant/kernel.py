@@ -19,8 +19,9 @@ from .scheme import Plain, Scheme, Stored, TensorSpec, WeightShape
 class LinearKernel(Protocol):
     """A kernel bound to one scheme, shape and compute dtype. It holds no weights.
 
-    `prepare` and `derive` are pure: equal bytes when called twice, input untouched (what they return may be the
-    input itself, or narrower than `packed` says: placing widens it, exactly). A stack of experts may be prepared a few units at a time, but is derived whole.
+    `prepare` and `derive` are pure: equal bytes when called twice, input untouched. What they return may be the input
+    itself, or narrower than `packed` says: placing widens it, exactly. A stack of experts may be prepared a few units
+    at a time, but is derived whole.
     """
 
     name: ClassVar[str]

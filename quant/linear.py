@@ -46,6 +46,7 @@ class QuantLinear:
         return [self.slot] if self.bias is None else [self.slot, self.bias]
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.slot.watch(x)
         return self.kernel.apply(x, self.slot.tensors, None if self.bias is None else self.bias.tensors["bias"])
 
 

@@ -76,6 +76,7 @@ class Scheme(Protocol):
     """What is stored for one weight. `matrices` are as big as the weight, `scales` are few and float32."""
 
     name: ClassVar[str]
+    code_max: ClassVar[float]  # a decode scale is amax / code_max
 
     @property
     def activation(self) -> Activation: ...
@@ -107,6 +108,7 @@ class Plain(Struct, frozen=True):
     """A tensor stored as it is: weights in BF16; routing biases and KV scales in float32."""
 
     name: ClassVar[str] = "bf16"
+    code_max: ClassVar[float] = 1.0
     dtype: torch.dtype = torch.bfloat16
     tensor: str = "weight"
 
@@ -137,6 +139,7 @@ class FP8(Struct, frozen=True):
     """
 
     name: ClassVar[str] = "fp8"
+    code_max: ClassVar[float] = numerics.E4M3_MAX
     activation: Activation = "per_token"
     per_channel: bool = False
 
@@ -172,6 +175,7 @@ class NVFP4(Struct, frozen=True):
     """
 
     name: ClassVar[str] = "nvfp4"
+    code_max: ClassVar[float] = numerics.NVFP4_MAX
     activation: Activation = "per_token"
 
     def matrices(self, shape: WeightShape) -> dict[str, TensorSpec]:

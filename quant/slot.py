@@ -9,6 +9,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from .meter import ActivationMeter, ClippingMeter
 from .scheme import Scheme, Stored, TensorSpec, WeightShape
 
 
@@ -70,6 +71,9 @@ class WeightSlot:
         self.tensors = {key: empty(spec, device) for key, spec in packer.packed().items()}
         self.scales = {key: empty(spec, device) for key, spec in self.scale_specs.items()}
         self.digests: dict[str, int] = {}
+        self.meter: ActivationMeter | None = None
+        if "input_scale" in self.scales:
+            self.meter = ClippingMeter(self.scales["input_scale"], scheme.code_max)
         assert len(self.modules) == shape.num_units
         assert all(len(unit) == len(shape.rows) for unit in self.modules)
         assert not self.joined.interleaved or len(set(shape.rows)) == 1
@@ -99,6 +103,11 @@ class WeightSlot:
         """Give released tensors storage again, at other addresses and with no values in it."""
         for tensor in self.tensors.values():
             tensor.untyped_storage().resize_(tensor.nbytes)
+
+    def watch(self, x: Tensor) -> None:
+        """Show an input of this weight to its meter, if it has one."""
+        if self.meter is not None:
+            self.meter(x)
 
     def place(self, target: Mapping[str, Tensor], unit: int, packed: Mapping[str, Tensor]) -> None:
         """Write one unit's packed tensors into `target`, which has this slot's packed specs."""

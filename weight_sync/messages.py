@@ -14,6 +14,7 @@ class UpdateReport(Struct, frozen=True):
 
     `seconds`: `receive` waits for and copies tensors, `quantize` turns BF16 into stored values, `prepare` packs them,
     `commit` copies the staged tensors onto the served ones; `pause` is the time in which nothing could be generated.
+    `clipping`: slot -> share of activations that the previous version clipped, where its scales are static.
     `coverage` is the touched share of all slots; `bytes_in` counts the bytes that arrived.
     """
 
@@ -26,3 +27,4 @@ class UpdateReport(Struct, frozen=True):
     seconds: dict[Phase, float]
     digest: str
     warnings: tuple[str, ...] = ()
+    clipping: dict[str, float] = {}

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from ..quant import ModelError, WeightSlot
+from ..quant import ModelError, WeightSlot, clipping_shares, reset_clipping
 from .clock import Clock
 from .digest import tensor_digest, weights_digest
 from .errors import CoverageError, SessionClosedError, StagingMemoryError, StaleVersionError
@@ -50,6 +50,7 @@ class WeightSession:
         self._ignored: dict[str, int] = {}
         self._tied: dict[str, int] = {}
         self._tensors = self._bytes_in = 0
+        self._clipping: dict[str, float] = {}
         self._torn = False
         self._error: BaseException | None = None
         self._paused_since: float | None = None
@@ -171,7 +172,8 @@ class WeightSession:
     def _flip(self) -> None:
         if self._paused_since is None:
             self._enter_gate()
-        start = time.perf_counter()
+        start, slots = time.perf_counter(), self.served.plan.slots
+        self._clipping = {} if self.served.version is None else clipping_shares(slots)
         self._torn = True  # an interrupt among the copies must not leave a mixture serving
         self.served.poisoned = f"the commit of version {self.version!r} has not finished"
         with self.clock("commit"):
@@ -180,6 +182,7 @@ class WeightSession:
             self._update_master()
             self.served.flip(self.version)
         self._torn = False
+        reset_clipping(slots)
         self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
         self._gate.close()
 
@@ -242,6 +245,7 @@ class WeightSession:
             seconds=self.clock.seconds,
             digest=self.served.digest(),
             warnings=tuple(self._warnings()),
+            clipping=self._clipping,
         )
 
     def _warnings(self) -> Iterator[str]:

@@ -173,7 +173,7 @@ class SlotStaging:
             self.packed = packed
         else:
             for key in packed.keys() - self.packed.keys():
-                self.packed[key] = torch.empty_like(self.slot.tensors[key])
+                self.packed[key] = torch.empty_like(self.slot.tensors[key], dtype=packed[key].dtype)
             self.slot.place(self.packed, unit, packed)
 
     def seal(self) -> None:
@@ -183,7 +183,9 @@ class SlotStaging:
                 self.packed.update(self.slot.packer.derive(self.scales))
         for key, value in self.packed.items():
             served = self.slot.tensors[key]
-            assert (value.shape, value.dtype) == (served.shape, served.dtype), f"{self.slot.name}/{key}"
+            widens = (value.dtype, served.dtype) == (torch.bfloat16, torch.float32)
+            assert value.shape == served.shape, f"{self.slot.name}/{key}"
+            assert value.dtype == served.dtype or widens, f"{self.slot.name}/{key}"
 
     def master_units(self) -> list[Tensor] | None:
         """What came in BF16, unit by unit; None if any of it came quantized."""

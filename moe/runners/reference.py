@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ...quant import Capability, Scheme, WeightShape, select_kernel
+from ...quant import Capability, LinearKernel, Scheme, WeightShape, select_kernel
 from ..activation import gated_activation
 from ..config import MoeConfig
 
@@ -37,6 +38,7 @@ class ReferenceRunner:
     ) -> None:
         self.config, self.dtype = config, dtype
         self.activate = gated_activation(config.activation, config.swiglu_limit, config.swiglu_alpha)
+        self.watch_w2: Callable[[Tensor], None] = lambda x: None
         self.w13, self.w2 = (
             select_kernel(scheme, shape, capability, dtype, linear_kernel)(scheme, shape, dtype, capability)
             for shape in expert_shapes(config)
@@ -49,16 +51,17 @@ class ReferenceRunner:
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert
         counts = ids.flatten().bincount(minlength=self.config.num_experts).tolist()
+        inner = self.activate(self._each(self.w13, x[order // self.config.top_k], counts, w13))
+        self.watch_w2(inner)
         outs = x.new_empty(ids.numel(), self.config.hidden_size)  # a row for every (token, choice)
-        for expert, chosen in enumerate(order.split(counts)):
-            if len(chosen):
-                token = chosen // self.config.top_k
-                outs[chosen] = self._expert(x[token], _unit(w13, expert), _unit(w2, expert))
+        outs[order] = self._each(self.w2, inner, counts, w2)
         return (outs.view(*ids.shape, self.config.hidden_size).float() * weights[..., None]).sum(1).to(self.dtype)
 
-    def _expert(self, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        return self.w2.apply(self.activate(self.w13.apply(x, w13, w13.get("bias"))), w2, w2.get("bias"))
-
-
-def _unit(packed: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
-    return {name: tensor[expert] for name, tensor in packed.items()}
+    def _each(self, kernel: LinearKernel, x: Tensor, counts: Sequence[int], packed: dict[str, Tensor]) -> Tensor:
+        """Rows of x, expert by expert, through their expert's weight: [num_rows, rows of the weight]."""
+        outs = []
+        for expert, rows in enumerate(x.split(counts)):
+            if len(rows):
+                unit = {name: tensor[expert] for name, tensor in packed.items()}
+                outs.append(kernel.apply(rows, unit, unit.get("bias")))
+        return torch.cat(outs) if outs else x.new_empty(0, kernel.shape.num_rows)

@@ -6,7 +6,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from rollmill.moe import MoeConfig, RoutedExperts
-from rollmill.quant import BF16, FP8, NVFP4, UnsupportedError, WeightShape, find_capability
+from rollmill.quant import BF16, FP8, NVFP4, AmaxMeter, UnsupportedError, WeightShape, find_capability
 
 CPU = find_capability("cpu")
 EXPERTS, HIDDEN, INNER, TOKENS = 5, 64, 48, 12
@@ -182,3 +182,26 @@ def test_slots_have_the_stacked_shapes(scheme, experts):
 def test_a_linear_kernel_that_cannot_is_refused(linear_kernel, experts):
     with pytest.raises(UnsupportedError, match=linear_kernel):
         experts(NVFP4(), 2, kernel=linear_kernel)
+
+
+def test_meters_see_what_enters_both_stacks(experts, routed, bf16_experts, fill):
+    """Amax over all experts of a layer: w13 of the tokens, w2 of silu(gate) * up for every (token, choice)."""
+    x, ids, weights = routed
+    layer, (gate_up, down) = experts(BF16, ids.shape[1]), bf16_experts(EXPERTS, INNER, HIDDEN)
+    fill(layer, {"weight": gate_up}, {"weight": down})
+    for slot in layer.slots:
+        slot.meter = AmaxMeter(torch.device("cpu"))
+    layer(x, ids, weights)
+    pairs = [(x[token], gate_up[expert].float()) for token, row in enumerate(ids.tolist()) for expert in row]
+    inner = [torch.nn.functional.silu(w[:INNER] @ token) * (w[INNER:] @ token) for token, w in pairs]
+    assert layer.w13.meter.amax == x.abs().max()
+    assert layer.w2.meter.amax.item() == pytest.approx(max(h.abs().max().item() for h in inner), rel=1e-5)
+
+
+def test_clipping_counts_every_pair_that_enters_w2(experts, routed, stored_experts, fill):
+    x, ids, weights = routed
+    layer = experts(FP8(activation="static"), ids.shape[1])
+    fill(layer, *stored_experts(layer, EXPERTS, INNER, HIDDEN))
+    layer(x, ids, weights)
+    assert layer.w13.meter.counts.tolist() == [(abs(x) > 3.0).sum(), x.numel()]  # 3.0: the smallest scale's limit
+    assert layer.w2.meter.counts[1] == ids.numel() * INNER

@@ -61,9 +61,9 @@ def test_peak_memory_of_a_swap(mode, quant):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    copies = found["packed"] if mode == "staged" else 0
+    copies = found["packed"] // 2 if mode == "staged" else 0  # BF16 values: a CPU widens them where they are served
     limit = copies + found["bucket"] + found["group"]
     print({key: f"{value / 2**20:.1f} MiB" for key, value in {**found, "limit": limit}.items()})
     quantized = 0 if quant == "bf16" else found["group"] // 2  # a group's codes, between its BF16 and packed forms
     assert found["peak"] <= limit + quantized + SLACK
-    assert mode == "streamed" or found["peak"] > found["packed"] * 0.9  # the measure works
+    assert mode == "streamed" or found["peak"] > copies * 0.9  # the measure works

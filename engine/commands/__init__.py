@@ -1,0 +1,1 @@
+"""Commands of `rollmill`: a file each, with `add` (its arguments) and `run`."""
