@@ -11,6 +11,7 @@ from .errors import (
     CoverageError,
     ModelError,
     NonFiniteError,
+    PausedError,
     PoisonedError,
     RequestError,
     RollmillError,
@@ -24,10 +25,11 @@ from .errors import (
 )
 from .export import ExportReport, quantize_checkpoint
 from .inventory import Inventory, inspect_checkpoint
-from .types import Completion, VersionSpan
+from .types import Chunk, Completion, TopLogprobs, VersionSpan
 
 __all__ = [
     "AsleepError",
+    "Chunk",
     "ClosedError",
     "Completion",
     "ConfigError",
@@ -38,6 +40,7 @@ __all__ = [
     "Inventory",
     "ModelError",
     "NonFiniteError",
+    "PausedError",
     "PoisonedError",
     "QuantPlan",
     "QuantSpec",
@@ -49,6 +52,7 @@ __all__ = [
     "ShapeError",
     "StagingMemoryError",
     "StaleVersionError",
+    "TopLogprobs",
     "TransportError",
     "UnsupportedError",
     "UpdateReport",

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..quant import Activation, QuantName, RollmillError
-from .commands import inspect, quantize
+from .commands import bench, inspect, quantize
 from .config import EngineConfig, SamplingParams
 from .engine import Engine
 from .env import cache_home, read_toggle_rows
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     quantize.add(commands)
+    bench.add(commands)
     inspect.add(commands)
 
     env = commands.add_parser("env", help="the environment toggles, their values and meanings")

@@ -282,6 +282,8 @@ class Engine:
             "poisoned": self._policy.poisoned,
             "swap": self.config.swap,
             "dtype": self.config.dtype,
+            "vocab_size": self._decoder_config.vocab_size,
+            "max_position": self._decoder_config.max_position,
             "device": str(self.model.device),
             "quant": sorted({slot.scheme.name for slot in slots}),
             "activation": sorted({slot.scheme.activation for slot in slots} - {"none"}),
