@@ -87,9 +87,7 @@ class RequestMaker:
             raise RequestError("stop strings need a tokenizer, and this model folder has none: stop at token ids")
         wrong = [t for t in _named_tokens(params) if not 0 <= t < vocab]
         if wrong:
-            raise RequestError(
-                f"logit_bias, allowed_token_ids or stop: token {wrong[0]} is outside of 0..{vocab - 1}"
-            )
+            raise RequestError(f"logit_bias, allowed_token_ids or stop: token {wrong[0]} is outside of 0..{vocab - 1}")
         if params.top_logprobs > vocab:
             raise RequestError(f"top_logprobs={params.top_logprobs}, but the vocabulary has {vocab} tokens")
         banned = {token for token, bias in params.logit_bias.items() if bias == -inf}

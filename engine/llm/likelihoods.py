@@ -43,7 +43,7 @@ class Likelihoods:
         block, rest = _search(self.sums, uniforms[:, None] * self.totals)
         inner = self.blocks[torch.arange(len(block), device=block.device), block[:, 0]].double()
         within, _ = _search(inner, rest / self.sums.gather(-1, block) * inner.sum(-1, keepdim=True))
-        return (block * BLOCK + within)[:, 0]
+        return (block * BLOCK + within)[:, 0].clamp_(max=self.logits.shape[-1] - 1)
 
 
 def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,9 +73,7 @@ def _mode(request: Sampled) -> Literal["raw", "temperature", "processed"]:
     return mode if mode == "raw" or mode == "processed" else "temperature"
 
 
-def _by_mode(
-    logits: Tensor, scaled: Tensor, drawn: Likelihoods, requests: Sequence[Sampled]
-) -> dict[str, Likelihoods]:
+def _by_mode(logits: Tensor, scaled: Tensor, drawn: Likelihoods, requests: Sequence[Sampled]) -> dict[str, Likelihoods]:
     """What log-probs speak of: "processed", and the other modes that are asked for; equal ones are computed once."""
     by_mode = {"processed": drawn}
     for mode in {_mode(request) for request in requests} - {"processed"}:

@@ -111,7 +111,8 @@ def _find_thresholds(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[
         ordered = rows.topk(width).values if width < vocab else rows.sort(dim=-1, descending=True).values
         counts[left] = _count_kept(ordered, limits[left], totals[left], vocab)
         thresholds[left] = ordered.gather(-1, counts[left] - 1)
-        left = left[(counts[left, 0] == width) & (limits[left, 0] > width)]  # there may be more
+        top_k = limits[left, 0]  # its tokens are renormalized among themselves: all of them are needed
+        left = left[(top_k > width) & ((top_k < vocab) | (counts[left, 0] == width))]
         if not len(left):
             break
     return counts, thresholds
