@@ -10,7 +10,6 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from ..config import SamplingParams
 from ..errors import NonFiniteError
 from .likelihoods import Likelihoods
 from .shaping import Shaped, scale, shape

@@ -83,7 +83,7 @@ def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _keep(logits: Tensor, counts: Tensor, thresholds: Tensor) -> Tensor:
-    """-inf outside the `counts` [batch, 1] likeliest tokens, of which the last has the logit `thresholds` [batch, 1]."""
+    """-inf outside the likeliest `counts` [batch, 1] tokens, whose last one has the logit `thresholds` [batch, 1]."""
     out = logits.masked_fill(logits < thresholds, float("-inf"))
     surplus = ((logits >= thresholds).sum(-1) > counts[:, 0]).nonzero()[:, 0]
     if len(surplus):
