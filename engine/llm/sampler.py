@@ -45,7 +45,8 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw]:
     Log-probs by mode: "raw" log_softmax(logits), "temperature" log_softmax(logits / temperature), "processed" of
     what `shape` makes, which is what is drawn from. `NonFiniteError` where these logits make no distribution.
     """
-    scaled, shaped = scale(logits, requests), shape(logits, requests)
+    scaled = scale(logits, requests)
+    shaped = shape(logits, scaled, requests)
     drawn = Likelihoods(shaped)
     uniforms = torch.tensor([request.uniform() for request in requests], dtype=torch.float64, device=logits.device)
     ids = drawn.draw(uniforms)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import SamplingParams
 from .likelihoods import Likelihoods
 
-WIDTHS = (256, 4096)  # likeliest tokens looked at before a whole vocabulary is sorted
+WIDTHS = (64, 1024)  # likeliest tokens looked at before a whole vocabulary is sorted
 
 
 class Shaped(Protocol):
@@ -33,14 +33,17 @@ def scale(logits: Tensor, requests: Sequence[Shaped]) -> Tensor:
     return logits / torch.tensor(temperatures, device=logits.device)[:, None]
 
 
-def shape(logits: Tensor, requests: Sequence[Shaped]) -> Tensor:
-    """Everything in order, [batch, vocab]: allowed tokens, bias, penalties, temperature, top-k, top-p, min-p."""
-    edited = logits
+def shape(logits: Tensor, scaled: Tensor, requests: Sequence[Shaped]) -> Tensor:
+    """Everything in order, [batch, vocab]: allowed tokens, bias, penalties, temperature, top-k, top-p, min-p.
+
+    `scaled`: what `scale` makes of the logits, taken where nothing but truncation acts.
+    """
     if any(request.params.changes_logits for request in requests):
         edited = logits.clone()
         for row, request in enumerate(requests):
             edit_logits(edited[row], request)
-    return truncate(scale(edited, requests), [request.params for request in requests])
+        scaled = scale(edited, requests)
+    return truncate(scaled, [request.params for request in requests])
 
 
 def edit_logits(logits: Tensor, request: Shaped) -> None:
@@ -107,7 +110,7 @@ def _find_thresholds(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[
     thresholds = torch.zeros_like(logits[:, :1])
     left = torch.arange(len(params), device=device)
     for width in (*(width for width in WIDTHS if width < vocab), vocab):
-        rows = logits[left]
+        rows = logits if len(left) == len(logits) else logits[left]
         ordered = rows.topk(width).values if width < vocab else rows.sort(dim=-1, descending=True).values
         counts[left] = _count_kept(ordered, limits[left], totals[left], vocab)
         thresholds[left] = ordered.gather(-1, counts[left] - 1)

@@ -15,7 +15,7 @@ from transformers import (
 
 from rollmill.engine import NonFiniteError, SamplingParams
 from rollmill.engine.llm.sampler import sample, seeded_uniforms
-from rollmill.engine.llm.shaping import shape, truncate
+from rollmill.engine.llm.shaping import scale, shape, truncate
 
 VOCAB = 300
 PROMPT, DRAWN = (3, 14, 15, 3), (92, 65, 92)
@@ -104,7 +104,7 @@ def make_logits(batch, vocab=VOCAB, std=2.0, seed=0):
 
 def test_the_distribution_is_the_references(params):
     logits = make_logits(5)
-    for row, found in zip(logits, shape(logits, [Row(params)] * 5), strict=True):
+    for row, found in zip(logits, shape(logits, scale(logits, [Row(params)] * 5), [Row(params)] * 5), strict=True):
         want = expected(row, params)
         assert torch.equal(found.isfinite(), want.isfinite())
         torch.testing.assert_close(found.softmax(-1), want.softmax(-1), rtol=1e-5, atol=1e-7)
@@ -165,6 +165,7 @@ def test_the_reference_log_probs(params):
             want = want.log_softmax(-1)
             torch.testing.assert_close(draw.logprob, want[draw.token].item(), rtol=1e-5, atol=1e-5)
             values, ids = want.topk(4)
+            assert draw.top is not None
             torch.testing.assert_close(draw.top[1], values, rtol=1e-5, atol=1e-5)
             assert [t for t, v in zip(draw.top[0].tolist(), values, strict=True) if v > -torch.inf] == ids[
                 values > -torch.inf
