@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import SamplingParams
 from .likelihoods import Likelihoods
 
-WIDTHS = (64, 1024)  # likeliest tokens looked at before a whole vocabulary is sorted
+WIDTHS = (64, 512, 4096)  # likeliest tokens looked at before a whole vocabulary is sorted
 
 
 class Shaped(Protocol):
@@ -85,10 +85,13 @@ def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return out
 
 
-def _keep(logits: Tensor, counts: Tensor, thresholds: Tensor) -> Tensor:
-    """-inf outside the likeliest `counts` [batch, 1] tokens, whose last one has the logit `thresholds` [batch, 1]."""
+def _keep(logits: Tensor, counts: Tensor, thresholds: Tensor, tied: Tensor) -> Tensor:
+    """-inf outside the likeliest `counts` [batch, 1] tokens, whose last one has the logit `thresholds` [batch, 1].
+
+    `tied` bool [batch, 1]: where tokens beyond may have that logit, too.
+    """
     out = logits.masked_fill(logits < thresholds, float("-inf"))
-    surplus = ((logits >= thresholds).sum(-1) > counts[:, 0]).nonzero()[:, 0]
+    surplus = tied.nonzero()[:, 0]
     if len(surplus):
         rows, at = logits[surplus], thresholds[surplus]
         equal = rows == at
@@ -97,8 +100,8 @@ def _keep(logits: Tensor, counts: Tensor, thresholds: Tensor) -> Tensor:
     return out
 
 
-def _find_thresholds(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """How many tokens each row keeps, and the logit of the last of them, both [batch, 1]."""
+def _find_thresholds(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor, Tensor]:
+    """How many tokens each row keeps, the logit of the last, and whether the next may have the same; [batch, 1]."""
     vocab, device = logits.shape[-1], logits.device
     limits = torch.tensor([[min(p.top_k or vocab, vocab), p.top_p, p.min_p] for p in params], dtype=torch.float64)
     limits = limits.to(device)
@@ -108,17 +111,20 @@ def _find_thresholds(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[
         totals[nucleus] = Likelihoods(logits[nucleus]).totals
     counts = torch.zeros(len(params), 1, dtype=torch.long, device=device)
     thresholds = torch.zeros_like(logits[:, :1])
+    tied = torch.zeros_like(counts, dtype=torch.bool)
     left = torch.arange(len(params), device=device)
     for width in (*(width for width in WIDTHS if width < vocab), vocab):
         rows = logits if len(left) == len(logits) else logits[left]
         ordered = rows.topk(width).values if width < vocab else rows.sort(dim=-1, descending=True).values
         counts[left] = _count_kept(ordered, limits[left], totals[left], vocab)
         thresholds[left] = ordered.gather(-1, counts[left] - 1)
+        following = ordered.gather(-1, counts[left].clamp(max=width - 1))  # itself where there is none
+        tied[left] = following == thresholds[left]
         top_k = limits[left, 0]  # its tokens are renormalized among themselves: all of them are needed
         left = left[(top_k > width) & ((top_k < vocab) | (counts[left, 0] == width))]
         if not len(left):
             break
-    return counts, thresholds
+    return counts, thresholds, tied
 
 
 def _count_kept(ordered: Tensor, limits: Tensor, totals: Tensor, vocab: int) -> Tensor:
