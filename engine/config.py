@@ -120,7 +120,7 @@ class SamplingParams(_Settings, frozen=True):
     `logprobs`: "temperature" (also called "sampled"): softmax(logits / temperature), without penalties or
     truncation; "raw": softmax(logits); "processed": what was drawn from. `top_logprobs` many more, in that mode;
     `prompt_logprobs`: of the prompt's tokens, too ("processed" counts as "temperature" there).
-    `sampling_mask`: which tokens could be drawn.
+    `sampling_mask`: which tokens could be drawn. docs/sampling.md tells more.
     """
 
     n: int = 1
