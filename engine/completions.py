@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import inf
+from typing import Any
 
 import torch
 from msgspec import Struct
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import SamplingParams
 from .errors import RequestError
 from .llm.request import Request
-from .llm.text import TextStream
+from .llm.text import TextStream, decode
 from .types import Completion, TopLogprobs
 
 
@@ -30,9 +32,17 @@ def each_params(params: SamplingParams | Sequence[SamplingParams] | None, num_pr
     if params is None or isinstance(params, SamplingParams):
         default: SamplingParams = params or SamplingParams()
         return [default] * num_prompts
+    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
+        raise RequestError(f"sampling parameters are SamplingParams or a list of them, got {_kinds(params)}")
     if len(params) != num_prompts:
         raise RequestError(f"{len(params)} sampling parameters for {num_prompts} prompts: give one, or one a prompt")
     return list(params)
+
+
+def _kinds(params: Any) -> str:
+    if not isinstance(params, list | tuple):
+        return type(params).__name__
+    return f"{type(params).__name__} of {', '.join(sorted({type(one).__name__ for one in params}))}"
 
 
 class RequestMaker:
@@ -56,9 +66,10 @@ class RequestMaker:
     ) -> list[Request]:
         """Every completion's request, prompt-major. Ids: `request_id` or a counter, then "-" and the index."""
         prefix = f"request-{next(self._ids)}" if request_id is None else request_id
+        for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
+            self._check(index, prompt, chosen)
         made: list[Request] = []
         for prompt, chosen in zip(prompts, params, strict=True):
-            self._check(len(made), prompt, chosen)
             made += [
                 self._one(f"{prefix}-{len(made) + i}", prompt, chosen, i, routed=routed, streamed=streamed)
                 for i in range(chosen.n)
@@ -74,11 +85,14 @@ class RequestMaker:
             )
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model folder has none: stop at token ids")
-        wrong = [t for t in (*params.logit_bias, *(params.allowed_token_ids or ())) if not 0 <= t < vocab]
+        wrong = [t for t in _named_tokens(params) if not 0 <= t < vocab]
         if wrong:
-            raise RequestError(f"logit_bias or allowed_token_ids: token {wrong[0]} is outside of 0..{vocab - 1}")
+            raise RequestError(f"logit_bias, allowed_token_ids or stop: token {wrong[0]} is outside of 0..{vocab - 1}")
         if params.top_logprobs > vocab:
             raise RequestError(f"top_logprobs={params.top_logprobs}, but the vocabulary has {vocab} tokens")
+        banned = {token for token, bias in params.logit_bias.items() if bias == -inf}
+        if banned.issuperset(range(vocab) if params.allowed_token_ids is None else params.allowed_token_ids):
+            raise RequestError("logit_bias bans every token that is allowed: leave at least one")
 
     def _one(
         self, name: str, prompt: list[int], params: SamplingParams, index: int, *, routed: bool, streamed: bool
@@ -125,14 +139,21 @@ class RequestMaker:
             return None
         if request.text is not None and request.text.stopped_by is not None:
             return request.text.text
-        return str(self.tokenizer.decode(request.new_tokens, skip_special_tokens=True))
+        return decode(self.tokenizer, request.new_tokens)
+
+
+def _named_tokens(params: SamplingParams) -> Iterator[int]:
+    yield from params.logit_bias
+    yield from params.allowed_token_ids or ()
+    yield from params.stop_token_ids
 
 
 def group(requests: Sequence[Request]) -> list[Request]:
     """Let requests with one prompt share its prefill: the first of each prompt, with the others as its siblings."""
-    first: dict[tuple[bool, tuple[int, ...]], Request] = {}
+    first: dict[tuple[float | None, tuple[int, ...]], Request] = {}
     for request in requests:
-        key = request.params.prompt_logprobs, tuple(request.prompt)
+        scored_at = request.params.prompt_temperature if request.params.prompt_logprobs else None
+        key = scored_at, tuple(request.prompt)
         if first.setdefault(key, request) is not request:
             first[key].siblings.append(request)
     return list(first.values())

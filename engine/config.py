@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from math import inf
 from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
@@ -33,10 +35,12 @@ class _Checked(type(Struct)):
             except msgspec.ValidationError as error:
                 choices = [repr(choice) for part in (hint, *get_args(hint)) for choice in _choices(part)]
                 possible = f"; possible: {', '.join(choices)}" if choices else ""
-                raise ConfigError(f"{cls.__name__}.{name} = {value!r}: {error}{possible}") from None
+                raise ConfigError(f"{cls.__name__}.{name} = {_short(value)}: {error}{possible}") from None
         broken = [bound for bound, holds in made.bounds().items() if not holds]
         if broken:
-            raise ConfigError(f"{cls.__name__} wants {', '.join(broken)}; got {made}")
+            words = set(re.findall(r"\w+", " ".join(broken)))
+            got = [f"{name}={_short(getattr(made, name))}" for name in cls.__struct_fields__ if name in words]
+            raise ConfigError(f"{cls.__name__} wants {', '.join(broken)}; got {', '.join(got)}")
         return made
 
 
@@ -45,6 +49,11 @@ class _Settings(Struct, frozen=True, metaclass=_Checked):
 
     def bounds(self) -> dict[str, bool]:
         return {}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -97,6 +106,7 @@ class EngineConfig(_Settings, frozen=True):
 
 
 LogprobMode = Literal["temperature", "sampled", "raw", "processed"]
+LARGEST = 1e6  # of temperatures, penalties and biases, and the inverse of the smallest: float32 logits stay finite
 
 
 class SamplingParams(_Settings, frozen=True):
@@ -110,7 +120,7 @@ class SamplingParams(_Settings, frozen=True):
     `logprobs`: "temperature" (also called "sampled"): softmax(logits / temperature), without penalties or
     truncation; "raw": softmax(logits); "processed": what was drawn from. `top_logprobs` many more, in that mode;
     `prompt_logprobs`: of the prompt's tokens, too ("processed" counts as "temperature" there).
-    `sampling_mask`: which tokens could be drawn.
+    `sampling_mask`: which tokens could be drawn. docs/sampling.md tells more.
     """
 
     n: int = 1
@@ -135,13 +145,16 @@ class SamplingParams(_Settings, frozen=True):
     def bounds(self) -> dict[str, bool]:
         return {
             "n >= 1": self.n >= 1,
-            "temperature >= 0": self.temperature >= 0,
+            "temperature 0 or 1e-6 to 1e6": self.temperature == 0 or 1 / LARGEST <= self.temperature <= LARGEST,
             "0 < top_p <= 1": 0 < self.top_p <= 1,
             "top_k >= 0": self.top_k >= 0,
             "0 <= min_p <= 1": 0 <= self.min_p <= 1,
-            "repetition_penalty > 0": self.repetition_penalty > 0,
+            "1e-6 <= repetition_penalty <= 1e6": 1 / LARGEST <= self.repetition_penalty <= LARGEST,
+            "-1e6 <= frequency_penalty <= 1e6": abs(self.frequency_penalty) <= LARGEST,
+            "-1e6 <= presence_penalty <= 1e6": abs(self.presence_penalty) <= LARGEST,
+            "logit_bias -1e6 to 1e6, or -inf": all(abs(b) <= LARGEST or b == -inf for b in self.logit_bias.values()),
             "max_new_tokens >= 1": self.max_new_tokens >= 1,
-            "0 <= seed < 2**63": self.seed is None or 0 <= self.seed < 2**63,
+            "0 <= seed <= 2**63 - n": self.seed is None or 0 <= self.seed <= 2**63 - self.n,
             "allowed_token_ids not empty": self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "stop strings not empty": all(self.stop_strings) and self.stop != "",
             "top_logprobs >= 0": self.top_logprobs >= 0,
@@ -154,6 +167,16 @@ class SamplingParams(_Settings, frozen=True):
     @property
     def stop_token_ids(self) -> frozenset[int]:
         return frozenset() if isinstance(self.stop, str) else frozenset(t for t in self.stop if isinstance(t, int))
+
+    @property
+    def prompt_temperature(self) -> float:
+        """Of the prompt's log-probs."""
+        return 1.0 if self.logprobs == "raw" else self.temperature or 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p cut the distribution."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def changes_logits(self) -> bool:

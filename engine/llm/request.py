@@ -98,10 +98,11 @@ class Request(Struct, eq=False):
         self._check_end(draw.token)
 
     def _check_end(self, token: int) -> None:
+        stop = None if self.text is None else self.text.push(token)
         if token in self.stop_ids:
             self.finish_reason, self.stopped_by = "stop", token
-        elif self.text is not None and self.text.push(token) is not None:
-            self.finish_reason, self.stopped_by = "stop", self.text.stopped_by
+        elif stop is not None:
+            self.finish_reason, self.stopped_by = "stop", stop
         elif self.num_new == self.limit:
             self.finish_reason = "length"
 

@@ -15,6 +15,7 @@ from ..config import EngineConfig
 from ..errors import AsleepError
 from .decoder import Decoder
 from .kv_cache import KVCache
+from .likelihoods import Likelihoods
 from .page_pool import PAGE_SIZE, PagePool
 from .paged_attention import PagedAttention, Span
 from .request import Request
@@ -176,11 +177,10 @@ class Rollouts:
         if not request.wants_prompt_logprobs:
             return
         following = request.prompt[chunk.start + 1 : chunk.end + 1]
-        temperature = 1.0 if request.params.logprobs == "raw" else request.params.temperature or 1.0
         for start in range(0, len(following), LOGIT_ROWS):
             ids = torch.tensor(following[start : start + LOGIT_ROWS], device=hidden.device)[:, None]
-            logits = self.model.logits(hidden[start : start + len(ids)]) / temperature
-            request.prompt_logprobs.append((logits.gather(-1, ids)[:, 0] - logits.logsumexp(-1)).cpu())
+            logits = self.model.logits(hidden[start : start + len(ids)]) / request.params.prompt_temperature
+            request.prompt_logprobs.append(Likelihoods(logits).logprobs(ids)[:, 0].cpu())
 
     # between steps
 
