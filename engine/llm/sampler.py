@@ -48,11 +48,7 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw]:
     scaled = scale(logits, requests)
     shaped = shape(logits, scaled, requests)
     drawn = Likelihoods(shaped)
-    uniforms = torch.tensor([request.uniform() for request in requests], dtype=torch.float64, device=logits.device)
-    ids = drawn.draw(uniforms)
-    greedy = [row for row, request in enumerate(requests) if request.params.temperature == 0]
-    if greedy:
-        ids[greedy] = shaped[greedy].argmax(-1)
+    ids = _choose(drawn, requests)
     by_mode = _by_mode(logits, scaled, drawn, requests)
     logprobs = {mode: one.logprobs(ids[:, None])[:, 0].tolist() for mode, one in by_mode.items()}
     _check(logprobs["processed"], requests)
@@ -66,6 +62,16 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw]:
         for row, (token, request) in enumerate(zip(ids.tolist(), requests, strict=True))
         for mode in (_mode(request),)
     ]
+
+
+def _choose(drawn: Likelihoods, requests: Sequence[Sampled]) -> Tensor:
+    """ids int64 [batch]: the likeliest token where a request is greedy, else one drawn with its own number."""
+    greedy = [request.params.temperature == 0 for request in requests]
+    if all(greedy):
+        return drawn.best()
+    uniforms = torch.tensor([request.uniform() for request in requests], dtype=torch.float64)
+    ids = drawn.draw(uniforms.to(drawn.logits.device))
+    return torch.where(torch.tensor(greedy, device=ids.device), drawn.best(), ids) if any(greedy) else ids
 
 
 def _mode(request: Sampled) -> Literal["raw", "temperature", "processed"]:
