@@ -11,6 +11,7 @@ from .errors import (
     CoverageError,
     ModelError,
     NonFiniteError,
+    PausedError,
     PoisonedError,
     RequestError,
     RollmillError,
@@ -22,10 +23,11 @@ from .errors import (
     TransportError,
     UnsupportedError,
 )
-from .types import Completion, VersionSpan
+from .types import Chunk, Completion, TopLogprobs, VersionSpan
 
 __all__ = [
     "AsleepError",
+    "Chunk",
     "ClosedError",
     "Completion",
     "ConfigError",
@@ -34,6 +36,7 @@ __all__ = [
     "EngineConfig",
     "ModelError",
     "NonFiniteError",
+    "PausedError",
     "PoisonedError",
     "QuantPlan",
     "QuantSpec",
@@ -45,6 +48,7 @@ __all__ = [
     "ShapeError",
     "StagingMemoryError",
     "StaleVersionError",
+    "TopLogprobs",
     "TransportError",
     "UnsupportedError",
     "UpdateReport",

@@ -112,7 +112,7 @@ class RequestMaker:
             logprobs=None if params.logprobs is None else torch.tensor(request.logprobs),
             top_logprobs=_top_logprobs(request) if params.top_logprobs else None,
             prompt_logprobs=_prompt_logprobs(request) if params.prompt_logprobs else None,
-            sampling_mask=request.masks if params.sampling_mask else None,
+            sampling_mask=[None if m is None else m.clone() for m in request.masks] if params.sampling_mask else None,
             weight_versions=request.spans,
             routed_experts=_routed_experts(request, len(request.prompt) + count - 1) if request.wants_routed else None,
             seed=request.seed,
@@ -130,9 +130,10 @@ class RequestMaker:
 
 def group(requests: Sequence[Request]) -> list[Request]:
     """Let requests with one prompt share its prefill: the first of each prompt, with the others as its siblings."""
-    first: dict[tuple[bool, tuple[int, ...]], Request] = {}
+    first: dict[tuple[float | None, tuple[int, ...]], Request] = {}
     for request in requests:
-        key = request.params.prompt_logprobs, tuple(request.prompt)
+        scored = request.prompt_temperature if request.params.prompt_logprobs else None
+        key = scored, tuple(request.prompt)
         if first.setdefault(key, request) is not request:
             first[key].siblings.append(request)
     return list(first.values())

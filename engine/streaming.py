@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 from .completions import RequestMaker, group
 from .llm.request import Request
@@ -18,7 +19,7 @@ async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Req
     given = [0] * len(requests)
 
     def put(item: Chunk | Exception) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop has been closed: nobody listens any more
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def on_change(request: Request) -> None:  # called in the stepping thread

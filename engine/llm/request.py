@@ -76,6 +76,11 @@ class Request(Struct, eq=False):
     def wants_prompt_logprobs(self) -> bool:
         return self.params.prompt_logprobs and sum(map(len, self.prompt_logprobs)) < len(self.prompt) - 1
 
+    @property
+    def prompt_temperature(self) -> float:
+        """What divides the logits of `prompt_logprobs`."""
+        return 1.0 if self.params.logprobs == "raw" else self.params.temperature or 1.0
+
     def uniform(self) -> float:
         """What drives the next draw: the i-th number of the request's own stream."""
         if not self.uniforms:
