@@ -93,7 +93,9 @@ async def endure(engine: Engine, count: int, swaps: int, seed: int = 0) -> Endur
     weights = {name: tensor.clone() for name, tensor in engine.checkpoint.source}
     before = None
     for swap in range(swaps):
-        share = asyncio.ensure_future(requests(engine, rng, count * (swap + 1) // swaps - count * swap // swaps, result))
+        share = asyncio.ensure_future(
+            requests(engine, rng, count * (swap + 1) // swaps - count * swap // swaps, result)
+        )
         await asyncio.sleep(0.02)
         await asyncio.to_thread(swap_weights, engine, weights, rng.choice(["keep", "retract", "abort", None]))
         result.swaps += 1
@@ -127,7 +129,6 @@ def write_model(folder: str) -> str:
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
             num_experts=8,
             num_experts_per_tok=3,
             moe_intermediate_size=32,
@@ -136,7 +137,7 @@ def write_model(folder: str) -> str:
             initializer_range=0.2,
         )
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     return folder
 
 

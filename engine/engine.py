@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -119,7 +119,7 @@ class Engine:
         *,
         return_routed_experts: bool = False,
         request_id: str | None = None,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """`async for chunk in engine.stream(...)`: what each step adds; breaking out aborts the rest."""
         requests = self._requests(prompts, params, request_id, routed=return_routed_experts, streamed=True)
         return stream(self.rollouts, self._maker, requests)

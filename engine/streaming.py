@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
 from .completions import RequestMaker, group
@@ -12,7 +12,7 @@ from .llm.rollouts import Rollouts
 from .types import Chunk
 
 
-async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
+async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Request]) -> AsyncGenerator[Chunk, None]:
     """Chunks as steps make them. Leaving the iteration early, or cancelling it, aborts what has not ended."""
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
     places = {id(request): index for index, request in enumerate(requests)}

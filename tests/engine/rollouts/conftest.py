@@ -27,9 +27,7 @@ def model(hf_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedM
 
 
 @pytest.fixture(scope="session")
-def folder(
-    hf_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def folder(hf_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A family's checkpoint, with a byte-level tokenizer of 200 tokens; written once."""
 
     @functools.cache
@@ -151,6 +149,7 @@ def follow(
     """
     tokens = out.prompt_token_ids + out.token_ids
     check_spans(out)
+    assert out.logprobs is not None
     past, known, at = DynamicCache(), 0, len(out.prompt_token_ids)
     for index, span in enumerate(out.weight_versions):
         if index and recompute:
@@ -174,6 +173,7 @@ def check_spans(out: Completion) -> None:
     """They cover [0, len) without gaps."""
     edges = [0, *(span.end for span in out.weight_versions)]
     assert [span.start for span in out.weight_versions] == edges[:-1]
+    assert out.logprobs is not None
     assert edges[-1] == len(out.token_ids) == len(out.logprobs)
     assert all(span.start < span.end for span in out.weight_versions)
 

@@ -61,7 +61,12 @@ def test_what_comes_back_can_be_used_in_a_loss(open_engine, make_prompts):
     params = SamplingParams(max_new_tokens=5, top_p=0.9, top_logprobs=2, prompt_logprobs=True, sampling_mask=True)
     for outs in (engine.generate(prompts, params, return_routed_experts=True), run(engine.agenerate(prompts, params))):
         (out,) = outs
-        tensors = [out.logprobs, out.prompt_logprobs, out.top_logprobs.logprobs, *(m for m in out.sampling_mask if m is not None)]
+        tensors = [
+            out.logprobs,
+            out.prompt_logprobs,
+            out.top_logprobs.logprobs,
+            *(m for m in out.sampling_mask if m is not None),
+        ]
         tensors += [*engine.logits(prompts), *engine.score(prompts)]
         tensors += [] if out.routed_experts is None else [out.routed_experts]
         assert not any(tensor.is_inference() for tensor in tensors)
@@ -152,7 +157,10 @@ def test_poison_reaches_everyone_in_flight(model, open_engine, watch, call, wait
     engine = open_engine(swap="streamed")
     steps = watch(engine)
     steps.seconds = 0.005
-    tasks = [call(lambda: run(engine.agenerate([1, 2, 3], GREEDY))), call(lambda: run(read(engine.stream([4], GREEDY))))]
+    tasks = [
+        call(lambda: run(engine.agenerate([1, 2, 3], GREEDY))),
+        call(lambda: run(read(engine.stream([4], GREEDY)))),
+    ]
     threads = [call(engine.generate, [5, 6], GREEDY) for _ in range(2)]
     wait_for(lambda: engine.info()["requests"] == 4)
     steps.wait(3)

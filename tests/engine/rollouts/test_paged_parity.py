@@ -1,4 +1,4 @@
-"""Prefix hits, chunks, preemption and shared prefills change nothing: tokens, log-probs and experts are transformers'."""
+"""Prefix hits, chunks, preemption change nothing: tokens, log-probs and experts are transformers'."""
 
 from __future__ import annotations
 
@@ -30,27 +30,31 @@ def judge(model, outs):
         logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
         chosen = torch.tensor(out.token_ids)[:, None]
         assert (logits.max(-1).values - logits.gather(-1, chosen)[:, 0]).max() < 1e-4
-        torch.testing.assert_close(
-            out.logprobs, logits.log_softmax(-1).gather(-1, chosen)[:, 0], rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(out.logprobs, logits.log_softmax(-1).gather(-1, chosen)[:, 0], rtol=0, atol=1e-4)
+
+
+def judge_experts(model, outs):
+    """Every row holds top_k distinct experts, those of a re-run of transformers' routers."""
+    for out in outs:
+        theirs = routed_by_transformers(model, (out.prompt_token_ids + out.token_ids)[:-1])
+        if theirs is None:
+            assert out.routed_experts is None
+            continue
+        ours = out.routed_experts.long().sort(-1).values
+        assert torch.equal(ours, theirs)
+        assert (ours.diff(dim=-1) > 0).all()
 
 
 @torch.no_grad()
-def judge_experts(model, outs):
-    """Every row holds top_k distinct experts, those of a re-run of transformers' routers."""
+def routed_by_transformers(model, ids):
+    """Expert ids [len(ids), num_moe_layers, top_k], ascending."""
+    seen = []
     routers = [m for n, m in model.named_modules() if n.endswith(("mlp.gate", "mlp.router"))]
-    for out in outs:
-        if not routers:
-            assert out.routed_experts is None
-            continue
-        seen = []
-        hooks = [r.register_forward_hook(lambda module, args, result: seen.append(result[2])) for r in routers]
-        model(torch.tensor([(out.prompt_token_ids + out.token_ids)[:-1]]))
-        for hook in hooks:
-            hook.remove()
-        ours, theirs = out.routed_experts.long().sort(-1).values, torch.stack(seen, dim=1).sort(-1).values
-        assert torch.equal(ours, theirs)
-        assert (ours.diff(dim=-1) > 0).all()
+    hooks = [router.register_forward_hook(lambda module, args, result: seen.append(result[2])) for router in routers]
+    model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen, dim=1).sort(-1).values if seen else None
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,9 @@ def test_experts_of_both_versions(mode, model, open_engine, watch, call, make_pr
     steps.seconds = 0.0
     (out,) = waiting.get()
     first = out.weight_versions[0].end
-    (anew,) = engine.generate([*prompt, *out.token_ids[:-1]], SamplingParams(max_new_tokens=1), return_routed_experts=True)
+    (anew,) = engine.generate(
+        [*prompt, *out.token_ids[:-1]], SamplingParams(max_new_tokens=1), return_routed_experts=True
+    )
     expected = old if mode == "keep" else anew
     known = len(prompt) + first - 1
     assert torch.equal(out.routed_experts[:known].sort(-1).values, expected.routed_experts[:known].sort(-1).values)

@@ -79,7 +79,9 @@ def test_random_traffic(seed):
     for step in range(300):
         if step < 150 and rng.random() < 0.4:
             prompt = [rng.randrange(2)] * rng.randrange(1, 40)
-            first, *siblings = (make_request(f"{step}-{i}", prompt, rng.randrange(1, 30)) for i in range(rng.choice([1, 1, 5])))
+            first, *siblings = (
+                make_request(f"{step}-{i}", prompt, rng.randrange(1, 30)) for i in range(rng.choice([1, 1, 5]))
+            )
             first.siblings = siblings
             scheduler.waiting.append(first)
             everyone += [first, *siblings]
