@@ -64,6 +64,7 @@ class Steps:
     def __init__(self, engine: Engine) -> None:
         self.count, self.sizes, self.seconds = 0, list[int](), 0.0
         self.before: Callable[[], None] | None = None
+        self._gate, self._held = engine.rollouts.gate, 0
         self._hidden = engine.model.hidden
         engine.model.hidden = self._watched
 
@@ -72,6 +73,8 @@ class Steps:
         self.sizes.append(len(ids))
         if self.before is not None:
             self.before()
+        if self.count == self._held:
+            wait_for(lambda: self._gate._visitors)
         time.sleep(self.seconds)
         return self._hidden(ids, *args)
 
@@ -79,6 +82,11 @@ class Steps:
         """Until `count` more steps have begun."""
         target = self.count + count
         wait_for(lambda: self.count >= target)
+
+    def hold(self, count: int) -> None:
+        """Until `count` more steps have begun; the last one goes on once someone waits to pause or swap."""
+        self._held = self.count + count
+        wait_for(lambda: self.count == self._held)
 
 
 @pytest.fixture

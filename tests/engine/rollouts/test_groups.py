@@ -74,7 +74,7 @@ def test_a_first_one_that_is_aborted_leaves_its_siblings_in_peace(
     steps = watch(engine)
     steps.seconds = 0.01
     waiting = call(engine.generate, prompt, COLD, request_id="group")
-    steps.wait(3)
+    steps.hold(3)
     engine.abort("group-0")
     steps.seconds = 0.0
     outs = waiting.get()

@@ -32,7 +32,7 @@ class Fuse:
 
 @pytest.mark.parametrize("error", [RuntimeError("hidden"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("where", ["hidden", "logits"])
-@pytest.mark.parametrize("at", [1, 2, 5])
+@pytest.mark.parametrize("at", [1, 5])
 def test_an_interrupted_generate(where, at, error, open_engine, make_prompts, all_pages_are_back):
     engine = open_engine("qwen3_moe", max_batch_size=4, max_step_tokens=12)
     prompts = make_prompts([20, 3, 17, 30])
@@ -45,7 +45,7 @@ def test_an_interrupted_generate(where, at, error, open_engine, make_prompts, al
 
 
 @pytest.mark.parametrize("where", ["hidden", "logits"])
-@pytest.mark.parametrize("at", [1, 2, 3, 6])
+@pytest.mark.parametrize("at", [2, 6])
 def test_the_requests_of_others_survive_an_interrupted_step(
     where, at, open_engine, watch, call, make_prompts, all_pages_are_back
 ):

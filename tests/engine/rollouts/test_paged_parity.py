@@ -18,7 +18,7 @@ WAYS = {
     "no-prefix-cache": {"prefix_cache": False},
     "preemption-without-prefix-cache": {"prefix_cache": False, "kv_cache_tokens": 80},
 }
-COMMON_WAYS = ["plain", "chunks", "preemption-in-chunks", "no-prefix-cache"]
+COMMON_WAYS = ["plain", "chunks", "preemption-in-chunks"]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=14)
 
 
@@ -129,7 +129,7 @@ def test_experts_of_an_aborted_request_are_unknown_where_nothing_was_computed(
     steps = watch(engine)
     steps.seconds = 0.02
     waiting = call(engine.generate, prompt, GREEDY, return_routed_experts=True)
-    steps.wait(3)
+    steps.hold(3)
     engine.abort()
     (out,) = waiting.get()
     assert (out.finish_reason, out.token_ids, out.weight_versions) == ("abort", [], [])

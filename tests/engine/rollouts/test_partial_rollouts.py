@@ -123,7 +123,7 @@ def test_a_commit_in_the_middle_of_a_request(family, mode, model, open_engine, w
     steps, prompts = watch(engine), make_prompts([20, 7])
     steps.seconds = 0.005
     waiting = call(engine.generate, prompts, SamplingParams(temperature=0, max_new_tokens=24))
-    steps.wait(8)
+    steps.hold(8)
     swap(engine, versions, "1", mode)
     steps.seconds = 0.0
     for out in waiting.get():
@@ -143,7 +143,7 @@ def test_experts_of_both_versions(mode, model, open_engine, watch, call, make_pr
     (old,) = engine.generate(prompt, greedy, return_routed_experts=True)
     steps.seconds = 0.005
     waiting = call(engine.generate, prompt, greedy, return_routed_experts=True)
-    steps.wait(6)
+    steps.hold(6)
     swap(engine, versions, "1", mode)
     steps.seconds = 0.0
     (out,) = waiting.get()
@@ -179,7 +179,7 @@ def test_a_request_that_outlived_a_commit_leaves_no_prefix(versions, open_engine
     steps = watch(engine)
     steps.seconds = 0.02
     waiting = call(engine.generate, prompt, SamplingParams(temperature=0, n=6, max_new_tokens=20))
-    steps.wait(5)  # in the middle of the prompt
+    steps.hold(5)  # in the middle of the prompt
     assert engine.info()["prefix_cache_tokens"] == 16
     commit(engine, versions, "1")
     assert engine.info()["prefix_cache_tokens"] == 0
@@ -254,7 +254,7 @@ def test_kept_requests_outlive_a_streamed_swap_that_failed_in_a_pause(versions, 
     steps = watch(engine)
     steps.seconds = 0.005
     waiting = call(engine.generate, [1, 2, 3], SamplingParams(temperature=0, max_new_tokens=30))
-    steps.wait(5)
+    steps.hold(5)
     engine.pause()
 
     def torn():

@@ -22,7 +22,7 @@ def flying(watch, call, make_prompts):
         steps, prompts = watch(engine), make_prompts([20, 7])
         steps.seconds = 0.005
         waiting = call(engine.generate, prompts, params, **options)
-        steps.wait(6)
+        steps.hold(6)
         return steps, prompts, waiting
 
     return start
