@@ -126,7 +126,7 @@ class RequestMaker:
             logprobs=None if params.logprobs is None else torch.tensor(request.logprobs),
             top_logprobs=_top_logprobs(request) if params.top_logprobs else None,
             prompt_logprobs=_prompt_logprobs(request) if params.prompt_logprobs else None,
-            sampling_mask=request.masks if params.sampling_mask else None,
+            sampling_mask=[None if m is None else m.clone() for m in request.masks] if params.sampling_mask else None,
             weight_versions=request.spans,
             routed_experts=_routed_experts(request, len(request.prompt) + count - 1) if request.wants_routed else None,
             seed=request.seed,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -18,7 +19,7 @@ from .checkpoint import Checkpoint
 from .completions import Limits, RequestMaker, each_params, group
 from .config import EngineConfig, SamplingParams
 from .env import read_toggles
-from .errors import ClosedError, PausedError, RequestError
+from .errors import ClosedError, PausedError, PoisonedError, RequestError
 from .llm.attention import WholeSequences
 from .llm.decoder import Decoder, Parts
 from .llm.kv_cache import KVCache
@@ -118,7 +119,7 @@ class Engine:
         *,
         return_routed_experts: bool = False,
         request_id: str | None = None,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """`async for chunk in engine.stream(...)`: what each step adds; breaking out aborts the rest."""
         requests = self._requests(prompts, params, request_id, routed=return_routed_experts, streamed=True)
         return stream(self.rollouts, self._maker, requests)
@@ -140,7 +141,7 @@ class Engine:
         routed: bool,
         streamed: bool = False,
     ) -> list[Request]:
-        self._check_servable()
+        self._check_awake()
         config = self._decoder_config
         encoded = encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position)
         chosen = each_params(params, len(encoded))
@@ -150,7 +151,6 @@ class Engine:
         """Log-probs float32 [len(prompt) - 1] of each token of each prompt, given the tokens before it."""
         if not temperature > 0:
             raise RequestError(f"scores need a temperature above 0, got {temperature}")
-        self._check_servable()
         scores = []
         for ids, logits in self._each_logits(prompts):
             logprobs = (logits[:-1] / temperature).log_softmax(-1)
@@ -159,15 +159,17 @@ class Engine:
 
     def logits(self, prompts: Prompts) -> list[Tensor]:
         """Logits float32 [len(prompt), vocab_size] after every token of each prompt."""
-        self._check_servable()
         return [logits for _, logits in self._each_logits(prompts)]
 
     def _each_logits(self, prompts: Prompts) -> Iterator[tuple[list[int], Tensor]]:
         """(token ids, logits) prompt by prompt: logits over a vocabulary are too big to hold for a batch."""
         config = self._decoder_config
         for ids in encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position + 1):
-            at = torch.arange(len(ids), device=self.model.device)
-            with self.rollouts.gate.visit(), torch.inference_mode():
+            self._check_open()
+            with self.rollouts.gate.visit(), torch.no_grad():
+                self._check_open()  # it may have been closed, or put to sleep, since the prompt before
+                self._policy.check_servable()
+                at = torch.arange(len(ids), device=self.model.device)
                 hidden = self.model.hidden(at.new_tensor(ids), at, WholeSequences([len(ids)]))
                 logits = self.model.logits(hidden)
             yield ids, logits
@@ -289,10 +291,18 @@ class Engine:
             "activation": sorted({slot.scheme.activation for slot in slots} - {"none"}),
             "clipping": clipping_shares(slots),
             "weight_bytes": sum(slot.num_bytes for slot in slots),
+            "asleep": self._asleep_tags(),
             **self.rollouts.info(),
             "master_bytes": self._policy.master_bytes,
             "warnings": list(self.load_report.warnings),
         }
+
+    def _asleep_tags(self) -> list[SleepTag]:
+        asleep: dict[SleepTag, bool] = {
+            "kv_cache": self.rollouts.cache.asleep,
+            "weights": self._policy.state == "asleep",
+        }
+        return [tag for tag, is_asleep in asleep.items() if is_asleep]
 
     def close(self) -> None:
         """Free the weights; the engine cannot be used afterwards."""
@@ -313,10 +323,11 @@ class Engine:
         if self._policy.closed:
             raise ClosedError("this engine has been closed; open a new one")
 
-    def _check_servable(self) -> None:
+    def _check_awake(self) -> None:
         self._check_open()
-        self._policy.check_servable()
         self.rollouts.cache.check_awake()
+        with suppress(PoisonedError):  # a swap under way looks the same: the step, after it, tells
+            self._policy.check_servable()
 
 
 def _check_supported(config: EngineConfig) -> None:

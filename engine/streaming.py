@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 
 from .completions import RequestMaker, group
 from .llm.request import Request
@@ -11,14 +12,14 @@ from .llm.rollouts import Rollouts
 from .types import Chunk
 
 
-async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
+async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Request]) -> AsyncGenerator[Chunk, None]:
     """Chunks as steps make them. Leaving the iteration early, or cancelling it, aborts what has not ended."""
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
     places = {id(request): index for index, request in enumerate(requests)}
     given = [0] * len(requests)
 
     def put(item: Chunk | Exception) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop has been closed: nobody listens any more
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def on_change(request: Request) -> None:  # called in the stepping thread

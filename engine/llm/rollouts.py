@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ...weight_sync import Policy
 from ..config import EngineConfig
-from ..errors import AsleepError
+from ..errors import AsleepError, ClosedError
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .likelihoods import Likelihoods
 from .page_pool import PAGE_SIZE, PagePool
 from .paged_attention import PagedAttention, Span
 from .request import Request
-from .sampler import sample
+from .sampler import Draw, sample
 from .scheduler import Chunk, Scheduler
 from .step_gate import StepGate
 
@@ -53,17 +53,21 @@ class Rollouts:
         """Queue requests (siblings come with the first of their group); never waits for a step."""
         self._inbox.extend(requests)
         self._work.set()
+        if self._closed:  # looked at after queueing: what was queued before is ended by `close`
+            raise ClosedError("this engine has been closed; open a new one")
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> None:
         """Submit requests and drive steps until they and their siblings have ended; on an error they are aborted."""
         everyone = [one for request in requests for one in (request, *request.siblings)]
-        self.submit(requests)
         try:
+            self.submit(requests)
             for request in everyone:
                 while not request.finished:
-                    self._drive()
+                    self._drive(lambda request=request: request.finished)
                     if on_step is not None:
                         on_step()
+                if request.error is not None:
+                    raise request.error
         except BaseException:
             mine = {id(request) for request in everyone}
             self.abort(lambda request: id(request) in mine)
@@ -72,11 +76,16 @@ class Rollouts:
     def abort(self, chosen: Callable[[Request], bool]) -> None:
         """End the requests that `chosen` picks among all in flight; they keep what they have."""
         with self.gate.visit():
-            self._take_inbox()
-            gone = [request for request in self._in_flight() if chosen(request)]
-            self.scheduler.abort(gone)
-            for request in gone:
-                _notify(request)
+            self._end(chosen)
+
+    def _end(self, chosen: Callable[[Request], bool], error: Exception | None = None) -> None:
+        self._take_inbox()
+        gone = [request for request in self._in_flight() if chosen(request)]
+        for request in gone:
+            request.error = error  # first: whoever polls an ended request must find it
+        self.scheduler.abort(gone)
+        for request in gone:
+            _notify(request)
 
     def _in_flight(self) -> Iterator[Request]:
         for request in (*self.scheduler.running, *self.scheduler.waiting):
@@ -88,9 +97,11 @@ class Rollouts:
 
     # driving
 
-    def _drive(self) -> None:
-        """One step, or a short wait while the engine is paused, asleep or in another thread's step."""
-        with self.gate.step():
+    def _drive(self, needless: Callable[[], bool]) -> None:
+        """One step, or a short wait while the engine is paused or asleep; nothing once it is `needless`."""
+        with self.gate.step(needless) as entered:
+            if not entered:
+                return
             if self._may_step():
                 self.step()
                 return
@@ -115,28 +126,35 @@ class Rollouts:
         while not self._closed:
             self._work.wait()
             self._work.clear()
-            while not self._closed and (self._inbox or self.scheduler.num_unfinished):
+            while self._is_busy():
                 try:
-                    self._drive()
+                    self._drive(lambda: self._closed)
                 except Exception as error:  # whoever waits for these requests must hear of it
-                    self._fail(error)
+                    with self.gate.visit():
+                        self._end(lambda request: True, error)
 
-    def _fail(self, error: Exception) -> None:
+    def _is_busy(self) -> bool:
+        """Whether requests are in flight; between two steps, since a step moves them from queue to queue."""
         with self.gate.visit():
-            self._take_inbox()
-            gone = list(self._in_flight())
-            self.scheduler.abort(gone)
-            for request in gone:
-                request.error = error
-                _notify(request)
+            return not self._closed and bool(self._inbox or self.scheduler.num_unfinished)
 
-    @torch.inference_mode()
     def step(self) -> None:
         """Compute one step of all requests in flight and draw their next tokens."""
         self._take_inbox()
         chunks = self.scheduler.next_chunks()
         if not chunks:
             return
+        with torch.inference_mode():
+            draws = self._compute(chunks)
+        version = self.policy.version
+        assert version is not None
+        for request, draw in draws:  # outside of inference mode: completions are made here, and trainers use them
+            request.accept(draw, version)
+            if request.finished:
+                self.scheduler.finish(request)
+            _notify(request)
+
+    def _compute(self, chunks: Sequence[Chunk]) -> list[tuple[Request, Draw]]:
         device = self.model.device
         attend = PagedAttention(self.cache, [Span(c.request.pages, c.start, c.end) for c in chunks])
         ids = torch.tensor([token for c in chunks for token in c.request.tokens[c.start : c.end]], device=device)
@@ -146,15 +164,16 @@ class Rollouts:
         if routed:
             self.cache.routed[attend.slots] = torch.stack(routed, dim=1).to(torch.int16)
         for chunk, rows in zip(chunks, hidden.split([c.end - c.start for c in chunks]), strict=True):
-            self._score_prompt(chunk, rows)
+            scores = self._score_prompt(chunk, rows)
             self.scheduler.advance(chunk)
-        self._draw(chunks, hidden)
+            chunk.request.prompt_logprobs += scores
+        return self._draw(chunks, hidden)
 
-    def _draw(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+    def _draw(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Request, Draw]]:
         ends = torch.tensor([c.end - c.start for c in chunks], device=hidden.device).cumsum(0) - 1
         last = [row for row, chunk in enumerate(chunks) if chunk.draws]
         if not last:
-            return
+            return []
         logits = self.model.logits(hidden[ends[last]])
         rows, requests = [], []
         for row, index in enumerate(last):
@@ -163,24 +182,19 @@ class Rollouts:
             rows += [row] * len(group)
         if len(rows) > len(last):
             logits = logits[rows]
-        version = self.policy.version
-        assert version is not None
-        for request, draw in zip(requests, sample(logits, requests), strict=True):
-            request.accept(draw, version)
-            if request.finished:
-                self.scheduler.finish(request)
-            _notify(request)
+        return list(zip(requests, sample(logits, requests), strict=True))
 
-    def _score_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor) -> list[Tensor]:
         """Log-probs of the prompt tokens that follow the chunk's, where they are wanted."""
-        request = chunk.request
+        request, scores = chunk.request, list[Tensor]()
         if not request.wants_prompt_logprobs:
-            return
+            return scores
         following = request.prompt[chunk.start + 1 : chunk.end + 1]
         for start in range(0, len(following), LOGIT_ROWS):
             ids = torch.tensor(following[start : start + LOGIT_ROWS], device=hidden.device)[:, None]
             logits = self.model.logits(hidden[start : start + len(ids)]) / request.params.prompt_temperature
-            request.prompt_logprobs.append(Likelihoods(logits).logprobs(ids)[:, 0].cpu())
+            scores.append(Likelihoods(logits).logprobs(ids)[:, 0].cpu())
+        return scores
 
     # between steps
 
@@ -197,10 +211,7 @@ class Rollouts:
             if mode == "retract":
                 self._retract_all()
             if mode == "abort":
-                gone = list(self._in_flight())
-                self.scheduler.abort(gone)
-                for request in gone:
-                    _notify(request)
+                self._end(lambda request: True)
 
     def resume(self) -> None:
         self.paused, self.pausing_thread = False, None
@@ -228,7 +239,7 @@ class Rollouts:
         pool = self.scheduler.pool
         return {
             "paused": self.paused,
-            "requests": self.scheduler.num_unfinished + len(self._inbox),
+            "requests": self.scheduler.num_unfinished + sum(1 + len(first.siblings) for first in tuple(self._inbox)),
             "kv_cache_bytes": self.cache.num_bytes,
             "kv_cache_tokens": (pool.num_pages - 1) * PAGE_SIZE,
             "kv_cache_tokens_free": pool.num_available * PAGE_SIZE,
@@ -238,8 +249,8 @@ class Rollouts:
 
     def close(self) -> None:
         """End all requests and the engine's thread."""
-        self.abort(lambda request: True)
         self._closed = True
+        self.abort(lambda request: True)
         self._work.set()
 
 
