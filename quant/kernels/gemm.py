@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ..device import Capability
 
-TILE = 256  # rows: from here on a product is as fast a row as it gets
-
 
 def product_dtype(dtype: torch.dtype, capability: Capability) -> torch.dtype:
     """The dtype that weights are multiplied in: a CPU's float32 units outrun its BF16 ones, at twice the memory."""
@@ -21,23 +19,27 @@ def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
 
     On a CPU through oneDNN, which sums a row in one order whatever M >= 2 and the number of threads; MKL, which
     `F.linear` takes for float32, does not. oneDNN compiles and keeps a kernel for every M it meets (a millisecond and
-    0.7 MB each), so rows are multiplied in few sizes: 2, 4, 8, multiples of 16 up to `TILE`, multiples of `TILE`.
+    0.7 MB each), so rows come in few numbers: zeros fill up to the next of `padded_rows`.
     """
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return F.linear(x.float(), weight.float())
-    whole = len(x) // TILE * TILE
-    if whole == len(x):
+    rows = padded_rows(len(x))
+    if rows == len(x):
         return _multiply(x.float(), weight.float())
-    padded = x.new_zeros(whole + _padded_rows(len(x) - whole), x.shape[1], dtype=torch.float32)
+    padded = x.new_empty(rows, x.shape[1], dtype=torch.float32)
     padded[: len(x)] = x
-    last = _multiply(padded[whole:], weight.float())[: len(x) - whole]
-    return torch.cat([_multiply(padded[:whole], weight.float()), last]) if whole else last
+    padded[len(x) :] = 0
+    return _multiply(padded, weight.float())[: len(x)]
 
 
-def _padded_rows(rows: int) -> int:
-    return max(2, 1 << (rows - 1).bit_length()) if rows <= 16 else -(-rows // 16) * 16
+def padded_rows(rows: int) -> int:
+    """2, 4, 8, multiples of 16 up to 256, multiples of 128."""
+    if rows <= 16:
+        return max(2, 1 << (rows - 1).bit_length()) if rows else 0
+    step = 16 if rows <= 256 else 128
+    return -(-rows // step) * step
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
