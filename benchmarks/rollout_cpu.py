@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from record import Result, make_result, save
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +45,7 @@ if __name__ == "__main__":
               enable_prefix_caching=False, seed=0)
     params = SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
     asked = [{"prompt_token_ids": ids} for ids in prompts]
-    llm.generate(asked, params, use_tqdm=False)
+    llm.generate(asked, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
     for _ in range(repeats):
         start = time.perf_counter()
         outs = llm.generate(asked, params, use_tqdm=False)
@@ -92,6 +93,7 @@ def bench(kind: str, folder: Path, repeats: int, vllm_python: str | None) -> lis
     results, ours = [], {}
     for quant in ("bf16", "fp8", "nvfp4"):
         with Engine(folder, EngineConfig(quant=quant, prefix_cache=False)) as engine:
+            engine.generate(prompts, replace(GREEDY, max_new_tokens=4))
             rates = measure(lambda engine=engine: count(engine.generate(prompts, GREEDY)), repeats)
             grouped = group_gain(engine, repeats) if quant == "bf16" else None
         ours[quant] = statistics.median(rates)
@@ -116,8 +118,7 @@ def count(outs: list[Completion]) -> int:
 
 
 def measure(run: Callable[[], int], repeats: int) -> list[float]:
-    """Tokens a second of every repeat, after one that warms up."""
-    run()
+    """Tokens a second of every repeat."""
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -159,11 +160,12 @@ def transformers_rates(folder: Path, prompts: list[list[int]], repeats: int) -> 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ids = torch.tensor(prompts)
 
-    def run() -> int:
-        options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    def run(new_tokens: int = NEW_TOKENS) -> int:
+        options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=None, **options)
         return out[:, PROMPT_TOKENS:].numel()
 
+    run(4)
     return measure(run, repeats)
 
 

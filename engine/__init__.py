@@ -25,11 +25,10 @@ from .errors import (
 )
 from .export import ExportReport, quantize_checkpoint
 from .inventory import Inventory, inspect_checkpoint
-from .types import Chunk, Completion, TopLogprobs, VersionSpan
+from .types import Completion, StreamChunk, TopLogprobs, VersionSpan
 
 __all__ = [
     "AsleepError",
-    "Chunk",
     "ClosedError",
     "Completion",
     "ConfigError",
@@ -52,6 +51,7 @@ __all__ = [
     "ShapeError",
     "StagingMemoryError",
     "StaleVersionError",
+    "StreamChunk",
     "TopLogprobs",
     "TransportError",
     "UnsupportedError",

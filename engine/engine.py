@@ -14,24 +14,26 @@ import torch
 from torch import Tensor
 
 from ..quant import UnsupportedError, clipping_shares, find_capability
-from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession
+from ..weight_sync import Policy, Source, UpdateReport, WeightSession
 from .checkpoint import Checkpoint
 from .completions import Limits, RequestMaker, each_params, group
 from .config import EngineConfig, SamplingParams
 from .env import read_toggles
 from .errors import ClosedError, PausedError, PoisonedError, RequestError
 from .llm.attention import WholeSequences
-from .llm.decoder import Decoder, Parts
+from .llm.decoder import Decoder
 from .llm.kv_cache import KVCache
 from .llm.models import find_family
 from .llm.page_pool import PAGE_SIZE
+from .llm.parts import Parts
 from .llm.request import Request
 from .llm.rollouts import PauseMode, Rollouts
 from .progress import show_progress
 from .prompts import Prompts, encode_prompts
 from .schemes import SchemeResolver
 from .streaming import stream
-from .types import Chunk, Completion
+from .sync_plan import make_sync_plan
+from .types import Completion, StreamChunk
 
 SleepTag = Literal["weights", "kv_cache"]
 KV_CACHE_BYTES = 2 << 30  # the most that the KV cache takes unasked
@@ -62,7 +64,7 @@ class Engine:
         self.model = Decoder(self._decoder_config, parts, resolver.plan.kv_cache)
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
-        self._policy = Policy(_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap, self.config.master)
+        self._policy = Policy(make_sync_plan(self.model, resolver.plan.kv_cache), self.config.swap, self.config.master)
         report = self._policy.update(checkpoint.source, None)
         self.load_report = msgspec.structs.replace(report, warnings=(*warnings, *report.warnings))
         num_pages = _num_pages(self.model, self.config)
@@ -89,11 +91,12 @@ class Engine:
         bar on stderr. Requests of several threads are decoded together. While the engine is paused this waits for
         `resume`.
         """
+        rollouts = self._opened()
         requests = self._requests(prompts, params, request_id, routed=return_routed_experts)
-        if self.rollouts.paused and self.rollouts.pausing_thread == threading.get_ident():
+        if rollouts.paused and rollouts.pausing_thread == threading.get_ident():
             raise PausedError("this thread has paused the engine and would wait for itself: call resume() first")
         with show_progress(requests, shown=progress) as on_step:
-            self.rollouts.run(group(requests), on_step)
+            rollouts.run(group(requests), on_step)
         return [self._maker.complete(request) for request in requests]
 
     async def agenerate(
@@ -105,9 +108,10 @@ class Engine:
         request_id: str | None = None,
     ) -> list[Completion]:
         """`generate` for an event loop; cancelling the task aborts the requests."""
+        rollouts = self._opened()
         requests = self._requests(prompts, params, request_id, routed=return_routed_experts)
         done: list[Completion | None] = [None] * len(requests)
-        async for chunk in stream(self.rollouts, self._maker, requests):
+        async for chunk in stream(rollouts, self._maker, requests, only_ends=True):
             if chunk.completion is not None:
                 done[chunk.index] = chunk.completion
         return [completion for completion in done if completion is not None]
@@ -119,10 +123,11 @@ class Engine:
         *,
         return_routed_experts: bool = False,
         request_id: str | None = None,
-    ) -> AsyncGenerator[Chunk, None]:
+    ) -> AsyncGenerator[StreamChunk, None]:
         """`async for chunk in engine.stream(...)`: what each step adds; breaking out aborts the rest."""
+        rollouts = self._opened()
         requests = self._requests(prompts, params, request_id, routed=return_routed_experts, streamed=True)
-        return stream(self.rollouts, self._maker, requests)
+        return stream(rollouts, self._maker, requests)
 
     def abort(self, request_id: str | None = None) -> None:
         """End the requests of this id (or one of its completions, "id-0"), or all; they return what they have."""
@@ -165,20 +170,20 @@ class Engine:
         """(token ids, logits) prompt by prompt: logits over a vocabulary are too big to hold for a batch."""
         config = self._decoder_config
         for ids in encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position + 1):
-            self._check_open()
-            with self.rollouts.gate.visit(), torch.no_grad():
+            with self._opened().gate.visit(), torch.no_grad():
                 self._check_open()  # it may have been closed, or put to sleep, since the prompt before
                 self._policy.check_servable()
-                at = torch.arange(len(ids), device=self.model.device)
-                hidden = self.model.hidden(at.new_tensor(ids), at, WholeSequences([len(ids)]))
-                logits = self.model.logits(hidden)
+                model = self.model
+                at = torch.arange(len(ids), device=model.device)
+                hidden = model.hidden(at.new_tensor(ids), at, WholeSequences([len(ids)]))
+                logits = model.logits(hidden)
             yield ids, logits
 
     # weights
 
     @property
     def weight_version(self) -> str | None:
-        """The policy version being served; None while the engine is poisoned."""
+        """The policy version being served; None while the engine is poisoned, and from sleep to the next full swap."""
         return self._policy.version
 
     def update_weights(self, source: Source, version: str | None = None) -> UpdateReport:
@@ -308,7 +313,8 @@ class Engine:
         """Free the weights; the engine cannot be used afterwards."""
         if not self._policy.closed:
             self.rollouts.close()
-            self._policy.close()
+            with self.rollouts.gate.visit():  # a score under way has ended
+                self._policy.close()
             del self.model, self.rollouts
 
     def __enter__(self) -> Self:
@@ -323,6 +329,10 @@ class Engine:
         if self._policy.closed:
             raise ClosedError("this engine has been closed; open a new one")
 
+    def _opened(self) -> Rollouts:
+        self._check_open()
+        return self.rollouts
+
     def _check_awake(self) -> None:
         self._check_open()
         self.rollouts.cache.check_awake()
@@ -333,19 +343,6 @@ class Engine:
 def _check_supported(config: EngineConfig) -> None:
     if config.tp != 1 or config.ep != 1:
         raise UnsupportedError(f"tp={config.tp}, ep={config.ep}", ["only tp=1 and ep=1 are built"])
-
-
-def _sync_plan(model: Decoder, kv_cache: str | None) -> SyncPlan:
-    ignored = {"*.rotary_emb.inv_freq": "computed from config.json"}
-    if kv_cache is None:
-        ignored |= {f"*.{name}": "the KV cache is not quantized" for name in ("k_scale", "v_scale")}
-    ignored |= dict(model.config.names.ignored)
-    return SyncPlan(
-        model.slots,
-        renames=model.config.names.renames,
-        ignored=ignored,
-        tied={"lm_head.weight": "model.embed_tokens.weight"} if model.config.tied else None,
-    )
 
 
 def _num_pages(model: Decoder, config: EngineConfig) -> int:

@@ -9,22 +9,29 @@ from contextlib import suppress
 from .completions import RequestMaker, group
 from .llm.request import Request
 from .llm.rollouts import Rollouts
-from .types import Chunk
+from .types import StreamChunk
 
 
-async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Request]) -> AsyncGenerator[Chunk, None]:
-    """Chunks as steps make them. Leaving the iteration early, or cancelling it, aborts what has not ended."""
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
+async def stream(
+    rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Request], *, only_ends: bool = False
+) -> AsyncGenerator[StreamChunk, None]:
+    """Chunks as steps make them, or only the last one of each completion, with all of it.
+
+    Leaving the iteration early, or cancelling it, aborts what has not ended.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[StreamChunk | Exception]()
     places = {id(request): index for index, request in enumerate(requests)}
     given = [0] * len(requests)
 
-    def put(item: Chunk | Exception) -> None:
+    def put(item: StreamChunk | Exception) -> None:
         with suppress(RuntimeError):  # the loop has been closed: nobody listens any more
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def on_change(request: Request) -> None:  # called in the stepping thread
         if request.error is not None:
             put(request.error)
+            return
+        if only_ends and not request.finished:
             return
         index = places[id(request)]
         put(_chunk(maker, request, index, given[index]))
@@ -44,13 +51,13 @@ async def stream(rollouts: Rollouts, maker: RequestMaker, requests: Sequence[Req
             yield item
     finally:
         if left:
-            rollouts.abort(lambda request: id(request) in places)
+            await asyncio.to_thread(rollouts.abort, lambda request: id(request) in places)  # waits for a step
 
 
-def _chunk(maker: RequestMaker, request: Request, index: int, start: int) -> Chunk:
-    return Chunk(
+def _chunk(maker: RequestMaker, request: Request, index: int, start: int) -> StreamChunk:
+    return StreamChunk(
         index=index,
-        token_ids=request.new_tokens[start:],
+        token_ids=request.tokens[len(request.prompt) + start :],
         logprobs=request.logprobs[start:],
         text=None if request.text is None else request.text.take(final=request.finished),
         completion=maker.complete(request) if request.finished else None,

@@ -29,11 +29,13 @@ class Completion(Struct, frozen=True):
     """One sampled continuation of one prompt.
 
     `logprobs`: float32 [len(token_ids)], in the mode of `SamplingParams.logprobs`. `prompt_logprobs`: float32
-    [len(prompt) - 1], when asked for. `routed_experts`: int16 [prompt + completion - 1, num_moe_layers, top_k],
-    when asked for; -1 where unknown (a request that was aborted before its tokens were computed).
+    [len(prompt) - 1], when asked for; fewer if it was aborted before. `routed_experts`: int16
+    [prompt + completion - 1, num_moe_layers, top_k], when asked for; -1 where unknown (a request that was aborted
+    before its tokens were computed).
     `sampling_mask`: for each token the ids that could have been drawn, int32, or None for all, when asked for.
     `stopped_by`: the token id or string that ended it. `cached_tokens`: tokens of the prompt whose keys and values
-    were there already. `seed` draws the same tokens again, whatever the batch company.
+    were there already. `num_preemptions`: how often its keys and values were given up (for want of pages, by a pause
+    that retracts, by sleep) and computed again. `seed` draws the same tokens again, whatever the batch company.
     """
 
     request_id: str
@@ -53,7 +55,7 @@ class Completion(Struct, frozen=True):
     num_preemptions: int
 
 
-class Chunk(Struct, frozen=True):
+class StreamChunk(Struct, frozen=True):
     """What one step added to one of the completions of a stream; the last one carries the whole completion.
 
     `index`: which completion (prompt-major). `text` may lag behind the tokens by an unfinished character or the

@@ -18,11 +18,12 @@ from ...quant import Capability, ConfigError, Plain, UnsupportedError
 from ...weight_sync import SyncPlan
 from ..checkpoint import Checkpoint
 from ..config import EngineConfig
-from ..engine import _sync_plan
 from ..env import Toggles
-from ..llm.decoder import Decoder, Parts
+from ..llm.decoder import Decoder
 from ..llm.models import find_family
+from ..llm.parts import Parts
 from ..schemes import SchemeResolver
+from ..sync_plan import make_sync_plan
 from .calibration import Calibration, Progress, calibrate
 from .layout import QuantFormat, hf_quant_config, quantization_config
 from .shards import ShardWriter
@@ -136,7 +137,7 @@ def plan_export(checkpoint: Checkpoint, quant: QuantFormat, keep: Sequence[str] 
     nowhere = Capability(torch.device("meta"), None, ())
     parts = Parts(resolver, nowhere, torch.float32, "reference", "reference")  # shapes only: nothing is computed
     model = Decoder(checkpoint.read_config(find_family(checkpoint.architectures)), parts)
-    return _sync_plan(model, None), resolver.finish()
+    return make_sync_plan(model, None), resolver.finish()
 
 
 def kept_modules(plan: SyncPlan) -> list[str]:

@@ -20,8 +20,6 @@ from .layers.rope import Rotary, rotary
 from .layers.sparse_mlp import SparseMLP
 from .parts import Parts
 
-__all__ = ["Decoder", "Parts"]
-
 
 class DecoderLayer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""

@@ -111,12 +111,11 @@ def _explicit(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 
 
 def _make_groups(spans: Sequence[Span], device: torch.device) -> list[_Group]:
-    """Sequences of equally many new tokens and, to a power of two, equally many pages go together."""
+    """Sequences of equally many new tokens and, when padded, equally many pages go together."""
     members: dict[tuple[int, int], list[int]] = {}
     starts, row = [], 0
     for index, span in enumerate(spans):
-        pages = -(-span.end // PAGE_SIZE)
-        members.setdefault((span.end - span.start, (pages - 1).bit_length()), []).append(index)
+        members.setdefault((span.end - span.start, padded_pages(span.end)), []).append(index)
         starts.append(row)
         row += span.end - span.start
     return [
@@ -125,7 +124,7 @@ def _make_groups(spans: Sequence[Span], device: torch.device) -> list[_Group]:
 
 
 def _make_group(spans: Sequence[Span], starts: Sequence[int], num_tokens: int, device: torch.device) -> _Group:
-    num_pages = max(-(-span.end // PAGE_SIZE) for span in spans)
+    num_pages = padded_pages(spans[0].end)
     count = spans[0].end - spans[0].start
     table = [page for span in spans for page in _padded(span.pages, num_pages)]
     rows = [start + i for start in starts for i in range(count)]
@@ -135,6 +134,13 @@ def _make_group(spans: Sequence[Span], starts: Sequence[int], num_tokens: int, d
         torch.tensor([list(_range(span)) for span in spans], device=device),
         num_pages * PAGE_SIZE,
     )
+
+
+def padded_pages(num_tokens: int) -> int:
+    """Pages that attention reads for so many tokens, whatever the company: a power of two, or three quarters of one."""
+    pages = -(-num_tokens // PAGE_SIZE)
+    power = 1 << (pages - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and pages <= power * 3 // 4 else power
 
 
 def _padded(pages: Sequence[int], count: int) -> list[int]:

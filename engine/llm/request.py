@@ -37,7 +37,7 @@ class Request(Struct, eq=False):
     masks: list[Tensor | None] = field(default_factory=list)
     prompt_logprobs: list[Tensor] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | None = None  # set last: another thread may look for it
     stopped_by: int | str | None = None
 
     pages: list[int] = field(default_factory=list)
@@ -82,8 +82,8 @@ class Request(Struct, eq=False):
             self.uniforms = seeded_uniforms(self.seed, self.limit).tolist()
         return self.uniforms[self.num_new]
 
-    def accept(self, draw: Draw, version: str) -> None:
-        """Take the next token; finish at a stop token, a stop string or the limit."""
+    def accept(self, draw: Draw, version: str) -> FinishReason | None:
+        """Take the next token; why it is the last one (a stop token, a stop string, the limit), or None."""
         at = self.num_new
         self.tokens.append(draw.token)
         self.logprobs.append(draw.logprob)
@@ -95,16 +95,14 @@ class Request(Struct, eq=False):
             self.spans[-1] = VersionSpan(version, self.spans[-1].start, at + 1)
         else:
             self.spans.append(VersionSpan(version, at, at + 1))
-        self._check_end(draw.token)
-
-    def _check_end(self, token: int) -> None:
-        stop = None if self.text is None else self.text.push(token)
-        if token in self.stop_ids:
-            self.finish_reason, self.stopped_by = "stop", token
-        elif stop is not None:
-            self.finish_reason, self.stopped_by = "stop", stop
-        elif self.num_new == self.limit:
-            self.finish_reason = "length"
+        stop = None if self.text is None else self.text.push(draw.token)
+        if draw.token in self.stop_ids:
+            self.stopped_by = draw.token
+            return "stop"
+        if stop is not None:
+            self.stopped_by = stop
+            return "stop"
+        return "length" if self.num_new == self.limit else None
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages to add so that `num_tokens` tokens have room."""
@@ -114,6 +112,4 @@ class Request(Struct, eq=False):
         """Give up all keys and values: they are computed again later."""
         pages, self.pages = self.pages, []
         self.computed, self.node, self.num_shared, self.shareable = 0, ROOT, 0, True
-        if self.wants_prompt_logprobs:  # scored in part: from the start again
-            self.prompt_logprobs.clear()
         return pages

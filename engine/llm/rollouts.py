@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...weight_sync import Policy
 from ..config import EngineConfig
-from ..errors import AsleepError, ClosedError
+from ..errors import AsleepError, ClosedError, NonFiniteError
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .likelihoods import Likelihoods
@@ -149,12 +149,14 @@ class Rollouts:
         version = self.policy.version
         assert version is not None
         for request, draw in draws:  # outside of inference mode: completions are made here, and trainers use them
-            request.accept(draw, version)
-            if request.finished:
-                self.scheduler.finish(request)
+            if isinstance(draw, NonFiniteError):  # of one request: the others go on
+                request.error = draw
+                self.scheduler.finish(request, "abort")
+            elif (reason := request.accept(draw, version)) is not None:
+                self.scheduler.finish(request, reason)
             _notify(request)
 
-    def _compute(self, chunks: Sequence[Chunk]) -> list[tuple[Request, Draw]]:
+    def _compute(self, chunks: Sequence[Chunk]) -> list[tuple[Request, Draw | NonFiniteError]]:
         device = self.model.device
         attend = PagedAttention(self.cache, [Span(c.request.pages, c.start, c.end) for c in chunks])
         ids = torch.tensor([token for c in chunks for token in c.request.tokens[c.start : c.end]], device=device)
@@ -169,7 +171,7 @@ class Rollouts:
             chunk.request.prompt_logprobs += scores
         return self._draw(chunks, hidden)
 
-    def _draw(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Request, Draw]]:
+    def _draw(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[tuple[Request, Draw | NonFiniteError]]:
         ends = torch.tensor([c.end - c.start for c in chunks], device=hidden.device).cumsum(0) - 1
         last = [row for row, chunk in enumerate(chunks) if chunk.draws]
         if not last:

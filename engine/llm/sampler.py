@@ -39,11 +39,11 @@ def seeded_uniforms(seed: int, count: int) -> Tensor:
     return torch.tensor([stream.random() for _ in range(count)], dtype=torch.float64)
 
 
-def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw]:
+def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw | NonFiniteError]:
     """Logits float32 [batch, vocab] -> a token for each request.
 
     Log-probs by mode: "raw" log_softmax(logits), "temperature" log_softmax(logits / temperature), "processed" of
-    what `shape` makes, which is what is drawn from. `NonFiniteError` where these logits make no distribution.
+    what `shape` makes, which is what is drawn from. A row whose logits make no distribution gets an error instead.
     """
     scaled = scale(logits, requests)
     shaped = shape(logits, scaled, requests)
@@ -51,7 +51,6 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw]:
     ids = _choose(drawn, requests)
     by_mode = _by_mode(logits, scaled, drawn, requests)
     logprobs = {mode: one.logprobs(ids[:, None])[:, 0].tolist() for mode, one in by_mode.items()}
-    _check(logprobs["processed"], requests)
     return [
         Draw(
             token,
@@ -59,6 +58,8 @@ def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw]:
             by_mode[mode].top(row, request.params.top_logprobs) if request.params.top_logprobs else None,
             _mask(shaped[row]) if request.params.sampling_mask else None,
         )
+        if logprobs["processed"][row] <= 0  # and no NaN
+        else _make_error(request)
         for row, (token, request) in enumerate(zip(ids.tolist(), requests, strict=True))
         for mode in (_mode(request),)
     ]
@@ -95,11 +96,9 @@ def _mask(shaped: Tensor) -> Tensor | None:
     return None if len(ids) == len(shaped) else ids
 
 
-def _check(logprobs: Sequence[float], requests: Sequence[Sampled]) -> None:
-    for logprob, request in zip(logprobs, requests, strict=True):
-        if not logprob <= 0:  # NaN, too
-            raise NonFiniteError(
-                f"the logits after {len(request.prompt) + len(request.new_tokens)} tokens hold NaN or infinity, or "
-                "nothing that may be drawn: check the weights that are served, or compute in float32 "
-                '(EngineConfig(dtype="float32"))'
-            )
+def _make_error(request: Sampled) -> NonFiniteError:
+    return NonFiniteError(
+        f"the logits after {len(request.prompt) + len(request.new_tokens)} tokens hold NaN or infinity, or nothing "
+        "that may be drawn: check the weights that are served, or compute in float32 "
+        '(EngineConfig(dtype="float32"))'
+    )

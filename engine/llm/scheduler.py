@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from ..config import EngineConfig
+from ..types import FinishReason
 from .kv_cache import KVCache
 from .page_pool import PAGE_SIZE, PagePool
 from .request import Request
@@ -98,14 +99,20 @@ class Scheduler:
 
     def _take(self, count: int) -> list[int] | None:
         pages = self.pool.take(count)
-        if pages:
-            self.cache.clear(pages)
+        try:
+            if pages:
+                self.cache.clear(pages)
+        except BaseException:
+            self.pool.release(pages or [])
+            raise
         return pages
 
     def retract(self, request: Request) -> None:
         """Take a running request's pages; it waits, first in line, and is computed again."""
         self.running.remove(request)
         self.pool.release(request.drop_pages())
+        if request.wants_prompt_logprobs:  # scored in part: from the start again
+            request.prompt_logprobs.clear()
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
@@ -126,10 +133,10 @@ class Scheduler:
 
         Full pages are shared, the last one, if it is not full, is copied.
         """
-        siblings, request.siblings = request.siblings, []
         forked: list[Request] = []
         full, rest = divmod(request.computed, PAGE_SIZE)
-        for sibling in siblings:
+        while request.siblings:
+            sibling = request.siblings[0]
             own = self._take(1 if rest else 0) if len(self.running) < self.max_batch_size else None
             if own is None:
                 break
@@ -141,18 +148,18 @@ class Scheduler:
             sibling.node, sibling.num_shared = request.node, request.num_shared
             sibling.cached_tokens = request.computed
             sibling.prompt_logprobs = list(request.prompt_logprobs)
-            self.running.append(sibling)
+            self.running.append(request.siblings.pop(0))
             forked.append(sibling)
-        left = siblings[len(forked) :]
-        if left:
-            left[0].siblings = left[1:]
-            self.waiting.appendleft(left[0])
+        if request.siblings:
+            first, *others = request.siblings
+            first.siblings, request.siblings = others, []
+            self.waiting.appendleft(first)
         return forked
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: Request, reason: FinishReason) -> None:
         """A running request has ended: keep what was routed, give its pages back."""
         self.running.remove(request)
-        self._close(request)
+        self._close(request, reason)
 
     def abort(self, chosen: Iterable[Request]) -> None:
         """End requests wherever they are. The sibling after an aborted first one takes its place."""
@@ -164,8 +171,7 @@ class Scheduler:
                 ended.append(request)
                 self._replace(request)
             for one in ended:
-                one.finish_reason = "abort"
-                self._close(one)
+                self._close(one, "abort")
 
     def _replace(self, request: Request) -> None:
         heir = request.siblings[0] if request.siblings else None
@@ -181,10 +187,11 @@ class Scheduler:
         if heir is not None:
             self.waiting.insert(at, heir)
 
-    def _close(self, request: Request) -> None:
+    def _close(self, request: Request, reason: FinishReason) -> None:
         if request.wants_routed:
             request.routed = self.cache.routed_of(request.pages, request.computed)
         self.pool.release(request.drop_pages())
+        request.finish_reason = reason
 
     def forget_prefixes(self) -> None:
         """The weights have changed: running requests keep their pages, but share them no more."""

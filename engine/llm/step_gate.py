@@ -47,6 +47,7 @@ class StepGate:
                 self._held, self._visitor = True, threading.get_ident()
             finally:
                 self._visitors -= 1
+                self._condition.notify_all()  # a step may have waited for this visitor only
         try:
             yield
         finally:

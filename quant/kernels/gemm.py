@@ -18,8 +18,9 @@ def matmul_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K] times weight [N, K] transposed -> float32 [M, N]; BF16 on a GPU, float32 on a CPU.
 
     On a CPU through oneDNN, which sums a row in one order whatever M >= 2 and the number of threads; MKL, which
-    `F.linear` takes for float32, does not. oneDNN compiles and keeps a kernel for every M it meets (a millisecond and
-    0.7 MB each), so rows come in few numbers: zeros fill up to the next of `padded_rows`.
+    `F.linear` takes for float32, does not (a torch without oneDNN has only that). oneDNN compiles and keeps a kernel
+    for every M it meets (a millisecond and 0.7 MB each), so rows come in few numbers: zeros fill up to the next of
+    `padded_rows`.
     """
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)

@@ -21,7 +21,8 @@ class SparseMLP:
         self.config, router = config.moe, f"{prefix}.{config.names.router}"
         rows, self.dtype = config.moe.num_experts, torch.float32 if config.router.float32 else None
         self.gate = parts.plain(router, rows, config.hidden_size, dtype=self.dtype)
-        self.gate_bias = parts.plain(router, rows, scheme=Plain(tensor="bias")) if config.router.bias else None
+        bias = Plain(tensor="bias")
+        self.gate_bias = parts.plain(router, rows, scheme=bias, dtype=self.dtype) if config.router.bias else None
         correction = Plain(torch.float32, "e_score_correction_bias")
         self.correction_bias = parts.plain(router, rows, scheme=correction) if config.router.correction_bias else None
         self.experts = parts.experts(config, f"{prefix}.experts")

@@ -35,9 +35,8 @@ def play(scheduler, check=lambda chunks: None):
     for chunk in chunks:
         if chunk.draws:
             for request in (chunk.request, *scheduler.fork(chunk.request)):
-                request.accept(Draw(1, 0.0), "v")
-                if request.finished:
-                    scheduler.finish(request)
+                if (reason := request.accept(Draw(1, 0.0), "v")) is not None:
+                    scheduler.finish(request, reason)
                     ended.append(request)
     return ended
 
