@@ -3,7 +3,7 @@
 from .activation import gated_activation
 from .config import MoeConfig
 from .experts import RoutedExperts
-from .routing import route
+from .routing import route, sigmoid
 from .runner import MOE_RUNNERS, MoeRunner, select_runner
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "gated_activation",
     "route",
     "select_runner",
+    "sigmoid",
 ]

@@ -15,7 +15,7 @@ def route(logits: Tensor, config: MoeConfig, bias: Tensor | None = None) -> tupl
     sigmoid: DeepSeek-V3, arXiv 2412.19437 eq. 12-16: `bias` [num_experts] moves the choice, never the weights.
     """
     logits = logits.float()
-    scores = logits.softmax(-1) if config.scoring == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1) if config.scoring == "softmax" else sigmoid(logits)
     choice = scores if bias is None else scores + bias.float()
     if config.n_group > 1:
         choice = _keep_best_groups(choice, config)
@@ -24,6 +24,15 @@ def route(logits: Tensor, config: MoeConfig, bias: Tensor | None = None) -> tupl
     if config.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if config.scoring == "sigmoid" else 0.0))
     return ids, weights * config.routed_scaling_factor
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), float32 in and out, as a softmax over x and 0.
+
+    torch's own takes another function for the last few numbers of a tensor, so that a row's bits would depend on how
+    many rows there are; a softmax treats every row alike.
+    """
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1).softmax(-1)[..., 0]
 
 
 def _keep_best_groups(choice: Tensor, config: MoeConfig) -> Tensor:

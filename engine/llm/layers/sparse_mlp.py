@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....moe import route
+from ....moe import route, sigmoid
 from ....quant import Plain, matmul
 from ..decoder_config import DecoderConfig, SharedExpertConfig
 from ..parts import Parts
@@ -46,4 +46,4 @@ class SharedExpert:
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.mlp(x)
-        return out if self.gate is None else matmul(x, self.gate).sigmoid() * out
+        return out if self.gate is None else sigmoid(matmul(x, self.gate).float()).to(x.dtype) * out
