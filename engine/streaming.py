@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Container, Sequence
 from contextlib import suppress
 
 from .completions import RequestMaker, group
@@ -51,7 +51,17 @@ async def stream(
             yield item
     finally:
         if left:
-            await asyncio.to_thread(rollouts.abort, lambda request: id(request) in places)  # waits for a step
+            await _abort(rollouts, places)
+
+
+async def _abort(rollouts: Rollouts, chosen: Container[int]) -> None:
+    """Abort the requests with these ids; it waits for a step to end, but not in the event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # a stream that was forgotten, and collected after its loop had ended
+        rollouts.abort(lambda request: id(request) in chosen)
+        return
+    await asyncio.to_thread(rollouts.abort, lambda request: id(request) in chosen)
 
 
 def _chunk(maker: RequestMaker, request: Request, index: int, start: int) -> StreamChunk:
