@@ -64,11 +64,6 @@ class Request(Struct, eq=False):
         return len(self.tokens) - len(self.prompt)
 
     @property
-    def num_pending(self) -> int:
-        """Tokens whose keys and values are still to be computed."""
-        return len(self.tokens) - self.computed
-
-    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
