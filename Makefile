@@ -39,7 +39,7 @@ venv: .venv/ready
 	    "$$found" -m venv --clear .venv; \
 	fi
 	@$(PIP) install --constraint $(CONSTRAINTS) torch setuptools $(HIDE_HOSTS)
-	@$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,dev,demo]' $(HIDE_HOSTS)
+	@$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test,dev,demo,dit]' $(HIDE_HOSTS)
 	@touch $@
 
 clean:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from rollmill.engine import Engine, EngineConfig, quantize_checkpoint
+from rollmill.engine import EngineConfig, LanguageEngine, quantize_checkpoint
 from rollmill.engine.demo.model import build_model
 from rollmill.engine.env import cache_home
 from rollmill.engine.export import QuantFormat
@@ -76,7 +76,7 @@ class Measured(msgspec.Struct):
         return math.exp(sum(self.nll) / len(self.nll))
 
 
-def token_logprobs(engine: Engine, window: Sequence[int]) -> Tensor:
+def token_logprobs(engine: LanguageEngine, window: Sequence[int]) -> Tensor:
     """float32 [len - 1, vocab]: the distribution of every token after the first."""
     (logits,) = engine.logits([list(window)])
     return logits[:-1].log_softmax(-1)
@@ -85,7 +85,7 @@ def token_logprobs(engine: Engine, window: Sequence[int]) -> Tensor:
 def measure(folder: Path, config: EngineConfig, windows: list[list[int]], references: list[Tensor]) -> Measured:
     """With an empty `references`, fill it: the BF16 run."""
     start, found, fill = time.perf_counter(), Measured(), not references
-    with Engine(folder, config) as engine:
+    with LanguageEngine(folder, config) as engine:
         for index, window in enumerate(windows):
             logq = token_logprobs(engine, window)
             found.nll += (-logq.gather(-1, torch.tensor(window[1:])[:, None])[:, 0]).tolist()

@@ -17,7 +17,7 @@ import torch
 from record import Result, make_result, save
 from torch import Tensor
 
-from rollmill.engine import Engine, EngineConfig
+from rollmill.engine import EngineConfig, LanguageEngine
 from rollmill.engine.demo.model import build_model
 from rollmill.engine.env import cache_home
 
@@ -67,7 +67,7 @@ def _2d(weight: Tensor) -> list[Tensor]:
 
 
 def measure(folder: Path, quant: str) -> Result:
-    with Engine(folder, EngineConfig(quant=quant)) as engine:
+    with LanguageEngine(folder, EngineConfig(quant=quant)) as engine:
         weights = {n: t.clone() for n, t in engine.checkpoint.source}
         times, phases = [], []
         for repeat in range(REPEATS + 1):

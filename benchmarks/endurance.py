@@ -21,7 +21,7 @@ from msgspec import Struct
 from record import make_result, save
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from rollmill.engine import Engine, EngineConfig, SamplingParams
+from rollmill.engine import EngineConfig, LanguageEngine, SamplingParams
 
 IN_FLIGHT = 48  # calls at a time, more than there are seats
 STUCK_SECONDS = 120.0
@@ -50,7 +50,7 @@ def rss_mib() -> float:
     return pages * 4096 / 2**20
 
 
-async def request(engine: Engine, rng: random.Random, result: Endurance) -> None:
+async def request(engine: LanguageEngine, rng: random.Random, result: Endurance) -> None:
     """One call: whole, cancelled, or a stream that is left early."""
     prompt = [rng.randrange(100) for _ in range(rng.choice([3, 20, 40]))]
     if rng.random() < 0.5:
@@ -77,7 +77,7 @@ async def request(engine: Engine, rng: random.Random, result: Endurance) -> None
             result.aborted += any(out.finish_reason == "abort" for out in outs)
 
 
-async def requests(engine: Engine, rng: random.Random, count: int, result: Endurance) -> None:
+async def requests(engine: LanguageEngine, rng: random.Random, count: int, result: Endurance) -> None:
     """`count` calls, `IN_FLIGHT` at a time."""
     left = iter(range(count))
 
@@ -88,7 +88,7 @@ async def requests(engine: Engine, rng: random.Random, count: int, result: Endur
     await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
 
 
-async def endure(engine: Engine, count: int, swaps: int, seed: int = 0) -> Endurance:
+async def endure(engine: LanguageEngine, count: int, swaps: int, seed: int = 0) -> Endurance:
     """A swap, in a pause or without, after every share of `count` requests; memory is looked at from a tenth on."""
     rng, result, start = random.Random(seed), Endurance(), time.perf_counter()
     weights = {name: tensor.clone() for name, tensor in engine.checkpoint.source}
@@ -111,7 +111,7 @@ async def endure(engine: Engine, count: int, swaps: int, seed: int = 0) -> Endur
     return result
 
 
-def swap_weights(engine: Engine, weights: dict[str, torch.Tensor], mode: str | None) -> None:
+def swap_weights(engine: LanguageEngine, weights: dict[str, torch.Tensor], mode: str | None) -> None:
     if mode is not None:
         engine.pause(mode)  # type: ignore[arg-type]
     engine.update_weights(weights)
@@ -151,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = EngineConfig(dtype=arguments.dtype, max_batch_size=32, kv_cache_tokens=1024)
-    with TemporaryDirectory() as folder, Engine(arguments.model or write_model(folder), config) as engine:
+    with TemporaryDirectory() as folder, LanguageEngine(arguments.model or write_model(folder), config) as engine:
         result = asyncio.run(endure(engine, arguments.requests, arguments.swaps))
     note = f"{result.finished} finished, {result.cancelled} cancelled, {result.aborted} aborted by a pause; "
     note += f"{arguments.dtype}, {result.swaps} swaps, {result.preemptions} preemptions, {result.seconds:.0f} s"

@@ -14,6 +14,7 @@ from ..quant import ModelError, QuantPlan, read_quant_plan
 from ..weight_sync import SafetensorsSource
 from .llm.decoder_config import DecoderConfig, Family
 
+DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -22,7 +23,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = find_folder(path)
-        self.raw_config = _read_json(self.folder / "config.json")
+        self.raw_config = read_json(self.folder / "config.json")
         self.source = SafetensorsSource(self.folder)
         self.tensor_names = self.source.names()
 
@@ -54,7 +55,7 @@ class Checkpoint:
     def eos_token_ids(self) -> frozenset[int]:
         """End-of-sequence tokens of generation_config.json, else of config.json."""
         path = self.folder / "generation_config.json"
-        generation = _read_json(path) if path.is_file() else {}
+        generation = read_json(path) if path.is_file() else {}
         eos = generation.get("eos_token_id", self.raw_config.get("eos_token_id"))
         return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
 
@@ -66,23 +67,38 @@ class Checkpoint:
 
 
 def find_folder(path: str | Path) -> Path:
-    """A folder as it is; `organization/name` through the Hugging Face hub or its cache."""
+    """`locate`, for a folder with a config.json."""
+    folder = locate(path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json; give a folder in Hugging Face layout")
+    return folder
+
+
+def locate(path: str | Path) -> Path:
+    """A folder or file as it is; `organization/name` through the Hugging Face hub or its cache."""
     if not isinstance(path, str | Path):
         raise ModelError(f"a model is the path of a folder or a hub id, got {path!r:.80}")
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} holds no config.json; give a folder in Hugging Face layout")
-        return folder
-    if folder.is_absolute() or str(path).count("/") != 1 or folder.exists():
+    found = Path(path)
+    if found.is_dir() or found.suffix == ".safetensors" and found.is_file():
+        return found
+    if found.is_absolute() or str(path).count("/") != 1 or found.exists():
         raise ModelError(f"{path} is no folder; give a folder in Hugging Face layout, or a hub id organization/name")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        return Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # the hub client raises many types; all mean that there is no model
         raise ModelError(f"{path} is no folder, and the hub gave no such model ({error.__class__.__name__})") from error
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def is_diffusers(path: str | Path) -> bool:
+    """Whether `path` holds a diffusion pipeline, a diffusers transformer, or a file of diffusion weights."""
+    found = locate(path)
+    if found.is_file() or (found / "model_index.json").is_file():
+        return True
+    config = found / "config.json"
+    return "_class_name" in read_json(config) if config.is_file() else any(found.glob("*.safetensors"))
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:  # no JSON, or no UTF-8

@@ -15,8 +15,8 @@ from rich.table import Table
 from ..quant import Activation, QuantName, RollmillError
 from .commands import bench, inspect, quantize
 from .config import EngineConfig, SamplingParams
-from .engine import Engine
 from .env import cache_home, read_toggle_rows
+from .llm.engine import LanguageEngine
 from .types import Completion
 
 
@@ -85,7 +85,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
     )
-    with Engine(arguments.model, EngineConfig(quant=arguments.quant, activation=arguments.activation)) as engine:
+    with LanguageEngine(
+        arguments.model, EngineConfig(quant=arguments.quant, activation=arguments.activation)
+    ) as engine:
         outs = engine.generate(prompts, params)
         shown = [prompt for prompt in arguments.prompt for _ in range(arguments.n)]
         if arguments.json:
@@ -107,7 +109,7 @@ def _as_json(prompt: str, out: Completion) -> dict[str, object]:
     }
 
 
-def _print_completions(engine: Engine, prompts: Sequence[str], outs: Sequence[Completion]) -> None:
+def _print_completions(engine: LanguageEngine, prompts: Sequence[str], outs: Sequence[Completion]) -> None:
     console = Console(highlight=False)
     for prompt, out in zip(prompts, outs, strict=True):
         assert engine.tokenizer is not None

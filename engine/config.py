@@ -44,7 +44,7 @@ class _Checked(type(Struct)):
         return made
 
 
-class _Settings(Struct, frozen=True, metaclass=_Checked):
+class Settings(Struct, frozen=True, metaclass=_Checked):
     """What users set. `bounds` says what must hold for the values, once their types are right."""
 
     def bounds(self) -> dict[str, bool]:
@@ -60,14 +60,25 @@ def _choices(hint: Any) -> list[Any]:
     return [value for value in get_args(hint) if isinstance(value, str | int | None)]
 
 
-class QuantSpec(_Settings, frozen=True):
+class QuantSpec(Settings, frozen=True):
     """Quantization by module: `layers` maps patterns over whole dotted names to formats, first match; else `quant`."""
 
     quant: QuantName = "bf16"
     layers: dict[str, QuantName] = {}
 
 
-class EngineConfig(_Settings, frozen=True):
+class NVFP4Layout(Settings, frozen=True):
+    """How NVFP4 weights lie in a file.
+
+    `nibbles`: which half of a byte holds even k ("low_first": the low one, as ModelOpt packs; "high_first": as
+    Black Forest Labs and Comfy do). `scales`: "linear" rows, or tiles of "128x4".
+    """
+
+    nibbles: Literal["low_first", "high_first"]
+    scales: Literal["linear", "128x4"]
+
+
+class EngineConfig(Settings, frozen=True):
     """How an engine holds and computes its weights.
 
     `quant` None: as the checkpoint says. `activation` None: the checkpoint's static scales where it has them, else
@@ -75,9 +86,14 @@ class EngineConfig(_Settings, frozen=True):
     where BF16 weights are quantized, and what the checkpoint keeps where they come quantized. `swap`: "staged" builds a
     second packed copy and swaps atomically; "streamed" keeps none, a failure poisons the engine. `master`: "host" keeps
     the BF16 weights that came in, two bytes a parameter, for `update_lora`, `quantization_error` and `wake`.
-    `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one step, so that
-    long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what `max_batch_size` sequences
-    can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings.
+
+    Language models: `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one
+    step, so that long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what
+    `max_batch_size` sequences can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings.
+    Diffusion transformers: `dual`: "bf16" keeps a BF16 copy of the quantized layers beside them, for two precisions in
+    one rollout and for `replay`; `max_denoise_batch`: samples that are denoised together; `base`: folder or hub id of
+    the pipeline that brings what a file of transformer weights lacks; `layout`: how a file of NVFP4 weights lies,
+    where it does not say so itself.
     """
 
     quant: QuantName | QuantSpec | None = None
@@ -96,9 +112,14 @@ class EngineConfig(_Settings, frozen=True):
     max_step_tokens: int = 2048
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
+    dual: Literal["bf16"] | None = None
+    max_denoise_batch: int = 8
+    base: str | None = None
+    layout: NVFP4Layout | None = None
 
     def bounds(self) -> dict[str, bool]:
         return {
+            "max_denoise_batch >= 1": self.max_denoise_batch >= 1,
             "1 <= max_batch_size <= max_step_tokens": 1 <= self.max_batch_size <= self.max_step_tokens,
             "kv_cache_tokens >= 1": self.kv_cache_tokens is None or self.kv_cache_tokens >= 1,
             "0 <= seed < 2**31": 0 <= self.seed < 2**31,
@@ -109,7 +130,7 @@ LogprobMode = Literal["temperature", "sampled", "raw", "processed"]
 LARGEST = 1e6  # of temperatures, penalties and biases, and the inverse of the smallest: float32 logits stay finite
 
 
-class SamplingParams(_Settings, frozen=True):
+class SamplingParams(Settings, frozen=True):
     """How completions are drawn.
 
     `temperature` 0 is greedy (log-probs then at temperature 1); `top_k` 0, `top_p` 1 and `min_p` 0 switch these off.

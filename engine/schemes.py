@@ -27,10 +27,15 @@ class SchemeResolver:
     """Module names -> scheme. Remembers what was decided against expectation, for the load report."""
 
     def __init__(
-        self, config: EngineConfig, stored: QuantPlan | None, tensor_names: Collection[str], toggles: Toggles
+        self,
+        config: EngineConfig,
+        stored: QuantPlan | None,
+        tensor_names: Collection[str],
+        toggles: Toggles,
+        default_keep: Sequence[str] = DEFAULT_KEEP,
     ) -> None:
         self.config, self.toggles = config, toggles
-        self.plan = merge_plans(config, stored)
+        self.plan = merge_plans(config, stored, default_keep)
         self._with_input_scale = {n.removesuffix(".input_scale") for n in tensor_names if n.endswith(".input_scale")}
         self._modules: list[str] = []
         self._without_scale: list[str] = []
@@ -83,9 +88,11 @@ class SchemeResolver:
         return warnings
 
 
-def merge_plans(config: EngineConfig, stored: QuantPlan | None) -> QuantPlan:
+def merge_plans(
+    config: EngineConfig, stored: QuantPlan | None, default_keep: Sequence[str] = DEFAULT_KEEP
+) -> QuantPlan:
     """What the engine computes: the config's wish where there is one, else what the checkpoint stores."""
-    wished = config.keep if config.keep is not None else DEFAULT_KEEP if stored is None else ()
+    wished = config.keep if config.keep is not None else default_keep if stored is None else ()
     keep = tuple(wished) + (stored.keep if stored is not None else ())
     kv_cache = stored.kv_cache if stored is not None else None
     if config.quant is None:

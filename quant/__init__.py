@@ -19,6 +19,7 @@ from .scheme import (
     WeightShape,
     make_scheme,
 )
+from .siblings import SiblingLinears
 from .slot import JoinedLayout, WeightSlot
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "QuantPlan",
     "RollmillError",
     "Scheme",
+    "SiblingLinears",
     "TensorSpec",
     "UnsupportedError",
     "WeightShape",

@@ -60,9 +60,10 @@ def plain_slot(
     *,
     fused: Sequence[str] = (),
     kept: bool = False,
+    trailing: Sequence[int] = (),
 ) -> WeightSlot:
-    """A slot for a tensor that is never quantized: norm, embedding, router, bias, KV scale."""
-    shape = WeightShape(tuple(rows), cols)
+    """A slot for a tensor that is never quantized: norm, embedding, router, bias, KV scale, convolution, table."""
+    shape = WeightShape(tuple(rows), cols, trailing=tuple(trailing))
     return WeightSlot(
         fused[0] if fused else modules[0],
         [modules],

@@ -32,14 +32,16 @@ class TensorSpec(Struct, frozen=True):
 class WeightShape(Struct, frozen=True):
     """One weight as a GEMM reads it: shards stacked along rows; `units` of them in a stack (experts).
 
-    `cols` is None for vectors (norms, biases). `one_scale` says that the shards of a unit share a per-tensor
-    scale even where the scheme would keep them apart (an expert's gate and up in ModelOpt's FP8).
+    `cols` is None for what no GEMM reads: vectors (norms, biases), or tensors with more dimensions behind the rows,
+    `trailing` (convolutions, tables). `one_scale` says that the shards of a unit share a per-tensor scale even where
+    the scheme would keep them apart (an expert's gate and up in ModelOpt's FP8).
     """
 
     rows: tuple[int, ...]
     cols: int | None = None
     units: int | None = None
     one_scale: bool = False
+    trailing: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -52,7 +54,7 @@ class WeightShape(Struct, frozen=True):
     @property
     def unit(self) -> WeightShape:
         """The shape of one unit of the stack."""
-        return WeightShape(self.rows, self.cols, one_scale=self.one_scale)
+        return WeightShape(self.rows, self.cols, one_scale=self.one_scale, trailing=self.trailing)
 
     def dims(self, *tail: int) -> tuple[int, ...]:
         """`tail` behind the stack dimension, where there is one."""
@@ -60,7 +62,7 @@ class WeightShape(Struct, frozen=True):
 
     @property
     def matrix(self) -> tuple[int, ...]:
-        return self.dims(self.num_rows) if self.cols is None else self.dims(self.num_rows, self.cols)
+        return self.dims(self.num_rows, *self.trailing) if self.cols is None else self.dims(self.num_rows, self.cols)
 
     def shard_slice(self, shard: int) -> slice:
         start = sum(self.rows[:shard])

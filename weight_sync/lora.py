@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..quant import ConfigError, ModelError, UnsupportedError, WeightSlot
 from .errors import CoverageError, ShapeError
-from .pairs import pull
+from .pairs import pull, with_prefix
 from .plan import SyncPlan, Target
 from .source import Source, open_source
 from .sources.peft_folder import PeftFolder
@@ -63,14 +63,17 @@ class Adapter(Struct):
         return merged.to(weight.dtype)
 
 
-def read_adapter(source: Source, plan: SyncPlan, alpha: float | None, rank: int | None) -> Adapter:
-    """Read a whole adapter in PEFT's names; a folder's adapter_config.json says what the arguments leave open."""
+def read_adapter(source: Source, plan: SyncPlan, alpha: float | None, rank: int | None, prefix: str = "") -> Adapter:
+    """Read a whole adapter in PEFT's names; a folder's adapter_config.json says what the arguments leave open.
+
+    `prefix` is put before modules that come without it.
+    """
     folder = PeftFolder(Path(source)) if isinstance(source, str | Path) else None
     if folder is not None:
         alpha, rank = folder.alpha if alpha is None else alpha, folder.rank if rank is None else rank
     scale = _scale(alpha, rank, rslora=folder is not None and folder.use_rslora)
     assert rank is not None
-    reader = _AdapterReader(plan, rank, scale)
+    reader = _AdapterReader(plan, rank, scale, prefix)
     return reader.read(pull(open_source(source) if folder is None else folder))
 
 
@@ -86,8 +89,8 @@ def _scale(alpha: float | None, rank: int | None, *, rslora: bool) -> float:
 class _AdapterReader:
     """Collects factors by module, pairs them, and places the pairs."""
 
-    def __init__(self, plan: SyncPlan, rank: int, scale: float) -> None:
-        self.plan, self.rank, self.scale = plan, rank, scale
+    def __init__(self, plan: SyncPlan, rank: int, scale: float, prefix: str) -> None:
+        self.plan, self.rank, self.scale, self.prefix = plan, rank, scale, prefix
         self.found: dict[str, dict[str, tuple[str, Tensor]]] = {}  # module -> A or B -> its name, its value
         self.unexpected: list[str] = []
         self.duplicate: list[str] = []
@@ -121,11 +124,14 @@ class _AdapterReader:
         sides[match["side"]] = name, value.detach().to("cpu", torch.float32, copy=True)
 
     def _target(self, name: str, module: str) -> Target | None:
-        weight = f"{module}.weight"
+        weight = self._weight_of(module)
         if weight in self.plan.tied:
             raise UnsupportedError(f"{name} adapts a tied weight", [f"{self.plan.tied[weight]} would change with it"])
         target = self.plan.resolve(weight)
         return None if target is None or target.slot.shape.cols is None else target
+
+    def _weight_of(self, module: str) -> str:
+        return with_prefix(f"{module}.weight", self.prefix)
 
     def _check_shape(self, name: str, side: str, target: Target, value: Tensor) -> None:
         shape = target.slot.shape
@@ -139,7 +145,7 @@ class _AdapterReader:
     def _place(self) -> Adapter:
         adapter = Adapter()
         for module, sides in self.found.items():
-            target = self.plan.resolve(f"{module}.weight")
+            target = self.plan.resolve(self._weight_of(module))
             assert target is not None
             assert target.unit is not None or target.slot.shape.units is None
             shape = target.slot.shape

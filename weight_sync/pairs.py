@@ -20,6 +20,11 @@ def as_pair(pair: Any) -> tuple[str, Tensor]:
     raise ShapeError(f"a bucket holds (name, tensor) pairs, got {pair!r:.80}")
 
 
+def with_prefix(name: str, prefix: str) -> str:
+    """`prefix` before a name that does not begin with it."""
+    return name if name.startswith(prefix) else prefix + name
+
+
 def pull(source: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
     """All pairs of a source; whatever it raises becomes a `TransportError` that names the last tensor."""
     last, iterator = "none", iter(source)

@@ -27,6 +27,7 @@ class SyncPlan:
     `renames`: (from, to) substrings applied to incoming names, for trainers that name modules otherwise.
     `ignored`: pattern over whole names -> why such tensors are not needed.
     `tied`: name -> name of the tensor that it must equal.
+    `twins`: slot -> a second slot of the same weight in another scheme, which takes whatever the first one takes.
     """
 
     def __init__(
@@ -36,11 +37,15 @@ class SyncPlan:
         renames: Sequence[tuple[str, str]] = (),
         ignored: Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
+        twins: Mapping[WeightSlot, WeightSlot] | None = None,
     ) -> None:
-        self.slots = tuple(slots)
+        self.twins = dict(twins or {})
+        self.addressed = tuple(slots)  # what names lead to
+        self.slots = (*self.addressed, *self.twins.values())
+        self._twins = frozenset(self.twins.values())
         self.renames, self.ignored, self.tied = tuple(renames), dict(ignored or {}), dict(tied or {})
         self._targets: dict[str, Target] = {}
-        for slot in self.slots:
+        for slot in self.addressed:
             self._add(slot)
 
     def _add(self, slot: WeightSlot) -> None:
@@ -62,6 +67,14 @@ class SyncPlan:
             return self._targets.get(name)
         found = self._targets.get(f"{module}.weight")
         return None if found is None else Target(found.slot, suffix, found.unit, found.shard, found.layout)
+
+    def copies(self, slot: WeightSlot) -> tuple[WeightSlot, ...]:
+        """The slot itself, and its twin if it has one."""
+        twin = self.twins.get(slot)
+        return (slot,) if twin is None else (slot, twin)
+
+    def is_twin(self, slot: WeightSlot) -> bool:
+        return slot in self._twins
 
     def why_ignored(self, name: str) -> str | None:
         """The reason for which a tensor of this name is not needed, or None."""

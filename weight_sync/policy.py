@@ -30,28 +30,31 @@ class Policy(ServedWeights):
 
     # swaps
 
-    def begin(self, version: str | None = None) -> WeightSession:
-        """Open a session. The first load, the cure of a poisoned policy and the first after sleep bring every slot."""
+    def begin(self, version: str | None = None, prefix: str = "") -> WeightSession:
+        """Open a session. The first load, the cure of a poisoned policy and the first after sleep bring every slot.
+
+        Names that do not begin with `prefix` get it, here and below.
+        """
         with self._lock:
             self._check_idle()
             self.check_awake()
             if version is not None and (not isinstance(version, str) or not version):
                 raise ConfigError(f"a version is a string that is not empty, got {version!r}")
             version = version or self._next_version()
-            session = WeightSession(self, version, self._mode_for(version), full=self.version is None)
+            session = WeightSession(self, version, self._mode_for(version), full=self.version is None, prefix=prefix)
             self.open_version = version
             return session
 
-    def update(self, source: Source, version: str | None) -> UpdateReport:
+    def update(self, source: Source, version: str | None, prefix: str = "") -> UpdateReport:
         """One session fed from `source`."""
-        with self.begin(version) as session:
+        with self.begin(version, prefix) as session:
             session.receive(open_source(source))
         assert session.report is not None
         return session.report
 
-    def digest_of(self, source: Source) -> str:
+    def digest_of(self, source: Source, prefix: str = "") -> str:
         """The digest that the policy would have after a swap to `source`: what a trainer compares with `digest()`."""
-        session = WeightSession(self, "(dry run)", "dry", full=False)
+        session = WeightSession(self, "(dry run)", "dry", full=False, prefix=prefix)
         try:
             session.receive(open_source(source))
             session.check_ledger()
@@ -78,27 +81,38 @@ class Policy(ServedWeights):
     # what the master is for
 
     def update_lora(
-        self, source: Source, alpha: float | None = None, rank: int | None = None, version: str | None = None
+        self,
+        source: Source,
+        alpha: float | None = None,
+        rank: int | None = None,
+        version: str | None = None,
+        prefix: str = "",
     ) -> UpdateReport:
-        """Serve the base weights with one adapter merged in, in place of the adapter before."""
+        """Serve the base weights with one adapter merged in, in place of the adapter before.
+
+        With a `prefix` only layers whose names begin with it change.
+        """
         self._need_master("update_lora")
         self.check_servable()
         with self.begin(version) as session:  # reads under the session: nobody changes the base meanwhile
-            self._merge(session, read_adapter(source, self.plan, alpha, rank))
+            self._merge(session, read_adapter(source, self.plan, alpha, rank, prefix), prefix)
         assert session.report is not None
         return session.report
 
-    def remove_lora(self, version: str | None = None) -> UpdateReport:
+    def remove_lora(self, version: str | None = None, prefix: str = "") -> UpdateReport:
         """Serve the base weights again, byte for byte."""
         self._need_master("remove_lora")
         self.check_servable()
         with self.begin(version) as session:
-            self._merge(session, Adapter())
+            self._merge(session, Adapter(), prefix)
         assert session.report is not None
         return session.report
 
-    def _merge(self, session: WeightSession, adapter: Adapter) -> None:
-        session.merge(adapter, self._need_master("update_lora").touched(adapter))
+    def _merge(self, session: WeightSession, adapter: Adapter, prefix: str) -> None:
+        master = self._need_master("update_lora")
+        others = {slot: units for slot, units in master.adapter.factors.items() if not slot.name.startswith(prefix)}
+        whole = Adapter({**others, **adapter.factors})
+        session.merge(whole, [slot for slot in master.touched(whole) if slot not in others])
 
     def quantization_error(self) -> dict[str, float]:
         """Layer -> relative Frobenius error of its quantized weight against the BF16 that came in last."""
@@ -141,7 +155,7 @@ class Policy(ServedWeights):
             self._allocate()
             self.state = "empty"
             version, self._slept_version = self._slept_version, None
-            slots = [slot for slot in self.plan.slots if not slot.kept]
+            slots = [slot for slot in self.plan.addressed if not slot.kept]
             if self.master is None or version is None or not self.master.weights.keys() >= set(slots):
                 return None
             with self.begin(version) as session:

@@ -17,7 +17,7 @@ from .digest import tensor_digest, weights_digest
 from .errors import CoverageError, SessionClosedError, StagingMemoryError, StaleVersionError
 from .lora import Adapter
 from .messages import UpdateReport
-from .pairs import as_pair, pull, split
+from .pairs import as_pair, pull, split, with_prefix
 from .plan import Target
 from .served import ServedWeights
 from .source import WeightSource
@@ -36,10 +36,11 @@ class WeightSession:
 
     Bytes that serve change inside `served.commit_gate` only: staged, among the copies of `commit`; streamed, from the
     first write to the end of the session. One thread drives a session; it may be another one than decodes.
+    `prefix` ("transformer.") is put before names that come without it.
     """
 
-    def __init__(self, served: ServedWeights, version: str, mode: SessionMode, *, full: bool) -> None:
-        self.served, self.version, self.mode, self.full = served, version, mode, full
+    def __init__(self, served: ServedWeights, version: str, mode: SessionMode, *, full: bool, prefix: str = "") -> None:
+        self.served, self.version, self.mode, self.full, self.prefix = served, version, mode, full, prefix
         self.report: UpdateReport | None = None
         self.clock = Clock()
         self._same_version = version == served.version
@@ -95,6 +96,7 @@ class WeightSession:
     def _take(self, name: str, value: Tensor) -> None:
         self._tensors += 1
         self._bytes_in += value.nbytes
+        name = with_prefix(name, self.prefix)
         why = self.served.plan.why_ignored(name)
         if why is not None:
             self._ignored[why] = self._ignored.get(why, 0) + 1
@@ -113,9 +115,12 @@ class WeightSession:
 
     def _stage(self, name: str, target: Target, value: Tensor) -> None:
         with self._naming_memory_errors(name):
-            staging = self._staging_of(target.slot)
+            takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
+            if target.tensor == "input_scale":
+                takers = takers[:1]  # a twin does not quantize activations
             for unit, shard, part in split(name, target, value):
-                if not staging.receive(name, target.tensor, unit, shard, part):
+                taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
+                if not all(taken):
                     self._duplicate.append(name)
                     return
 
@@ -126,7 +131,7 @@ class WeightSession:
                 self._enter_gate()
                 self._paused_since = time.perf_counter()
                 self.served.poisoned = f"a streamed swap to version {self.version!r} has not finished"
-            keeps = self.served.master is not None and self._adapter is None
+            keeps = self.served.master is not None and self._adapter is None and not self.served.plan.is_twin(slot)
             dry = self.mode == "dry"
             self._staging[slot] = SlotStaging(slot, self.clock, live=streamed, dry=dry, master=keeps and not dry)
         return self._staging[slot]
@@ -193,7 +198,8 @@ class WeightSession:
         if self._adapter is not None:
             master.adapter = self._adapter
         else:
-            received = {slot: staging.master_units() for slot, staging in self._staging.items()}
+            plan = self.served.plan
+            received = {s: staging.master_units() for s, staging in self._staging.items() if not plan.is_twin(s)}
             self._unadapted = master.replace(received)
 
     def _enter_gate(self) -> None:
@@ -202,9 +208,10 @@ class WeightSession:
 
     def check_ledger(self) -> None:
         """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
-        missing = [name for staging in self._staging.values() for name in staging.missing()]
+        plan = self.served.plan  # a twin lacks what its slot lacks
+        missing = [n for slot, staging in self._staging.items() if not plan.is_twin(slot) for n in staging.missing()]
         if self.full:
-            untouched = (slot for slot in self.served.plan.slots if slot not in self._staging)
+            untouched = (slot for slot in plan.addressed if slot not in self._staging)
             missing += [name for slot in untouched for name in names_of(slot)]
         if missing or self._unexpected or self._duplicate:
             raise CoverageError(missing, self._unexpected, self._duplicate)

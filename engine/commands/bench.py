@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ...quant import Activation, QuantName
 from ..config import EngineConfig, SamplingParams
-from ..engine import Engine
+from ..llm.engine import LanguageEngine
 
 TOP_OPERATIONS = 12
 
@@ -45,7 +45,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     config = EngineConfig(quant=arguments.quant, activation=arguments.activation, prefix_cache=False)
-    with Engine(arguments.model, config) as engine:
+    with LanguageEngine(arguments.model, config) as engine:
         generator = torch.Generator().manual_seed(0)
         shape = (arguments.prompts, arguments.prompt_tokens)
         vocab_size = engine.info()["vocab_size"]
@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
     Console().print(table, markup=False)
 
 
-def measure(engine: Engine, prompts: list[list[int]], new_tokens: int, repeats: int) -> Rates:
+def measure(engine: LanguageEngine, prompts: list[list[int]], new_tokens: int, repeats: int) -> Rates:
     """Generate greedily; one token a prompt times the prefill, the rest the decoding."""
     _seconds(engine, prompts, 1)
     prefill = statistics.median(_seconds(engine, prompts, 1) for _ in range(repeats))
@@ -79,13 +79,13 @@ def measure(engine: Engine, prompts: list[list[int]], new_tokens: int, repeats: 
     )
 
 
-def _seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
+def _seconds(engine: LanguageEngine, prompts: list[list[int]], new_tokens: int) -> float:
     start = time.perf_counter()
     engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=new_tokens, ignore_eos=True))
     return time.perf_counter() - start
 
 
-def operation_shares(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
+def operation_shares(engine: LanguageEngine, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
     """Share of the operations' own time, the largest ones; on a GPU of the kernels' time."""
     on_gpu = engine.model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

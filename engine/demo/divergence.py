@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..engine import Engine
+from ..llm.engine import LanguageEngine
 
 Sequences = list[tuple[list[int], int]]  # (prompt + completion, length of the prompt)
 
 
-def mean_kl(trainer_logits: list[Tensor], engine: Engine, sequences: Sequences) -> float:
+def mean_kl(trainer_logits: list[Tensor], engine: LanguageEngine, sequences: Sequences) -> float:
     """Mean KL(trainer || rollout) in nats over the completion tokens, from full logits f32 [len, vocab] each."""
     engine_logits = engine.logits([ids for ids, _ in sequences])
     tokens = [

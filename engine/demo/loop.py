@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from ...quant import Activation, make_scheme
 from ..config import EngineConfig
-from ..engine import Engine
+from ..llm.engine import LanguageEngine
 from ..report.history import History, StepRecord
 from .config import DemoConfig
 from .divergence import mean_kl
@@ -29,7 +29,7 @@ class DemoLoop:
         self.folder, self.config, self.live = folder, config, live
         self.rng = random.Random(config.seed)
         self.engines = ExitStack()
-        self.static: Engine | None = None
+        self.static: LanguageEngine | None = None
         live.say("opening the trainer")
         with Stopwatch() as trainer:
             self.trainer = GrpoTrainer(folder, config.trainer)
@@ -44,9 +44,9 @@ class DemoLoop:
     def __exit__(self, *error: object) -> None:
         self.engines.close()
 
-    def open_engine(self, folder: Path, activation: Activation) -> Engine:
+    def open_engine(self, folder: Path, activation: Activation) -> LanguageEngine:
         config = EngineConfig(quant=self.config.quant, activation=activation, seed=self.config.seed)
-        return self.engines.enter_context(Engine(folder, config))
+        return self.engines.enter_context(LanguageEngine(folder, config))
 
     def run(self) -> History:
         """Every step, and completions of the same prompts before and after."""

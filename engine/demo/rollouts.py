@@ -5,7 +5,7 @@ import statistics
 import msgspec
 
 from ..config import SamplingParams
-from ..engine import Engine
+from ..llm.engine import LanguageEngine
 from ..report.history import Completion as ShownCompletion
 from ..types import Completion
 from .groups import Group
@@ -60,7 +60,7 @@ class Rollouts(msgspec.Struct, frozen=True):
         ]
 
 
-def draw_rollouts(engine: Engine, problems: list[Problem], samples: int, budget: int) -> Rollouts:
+def draw_rollouts(engine: LanguageEngine, problems: list[Problem], samples: int, budget: int) -> Rollouts:
     """`samples` completions of each problem within `budget` new tokens, at temperature 1."""
     prompts = [problem.messages() for problem in problems]
     completions = engine.generate(prompts, SamplingParams(n=samples, max_new_tokens=budget))

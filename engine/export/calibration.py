@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...quant import AmaxMeter
 from ..config import EngineConfig
-from ..engine import Engine
+from ..llm.engine import LanguageEngine
 from .texts import read_sequences
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -30,7 +30,7 @@ def calibrate(
 
     Sequences run alone, `length` tokens each (less where the model's context is shorter), at most `count` of them.
     """
-    with Engine(folder, EngineConfig(quant="bf16", device=device)) as engine:
+    with LanguageEngine(folder, EngineConfig(quant="bf16", device=device)) as engine:
         length = min(length, engine.model.config.max_position)
         sequences = read_sequences(texts, engine.tokenizer, length=length, count=count)
         meters = {slot.name: AmaxMeter(engine.model.device) for slot in engine.model.slots if slot.name in weights}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...weight_sync import Policy
 from ..config import EngineConfig
 from ..errors import AsleepError, ClosedError, NonFiniteError
+from ..step_gate import StepGate
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .likelihoods import Likelihoods
@@ -21,7 +22,6 @@ from .paged_attention import PagedAttention, Span
 from .request import Request
 from .sampler import Draw, sample
 from .scheduler import Chunk, Scheduler
-from .step_gate import StepGate
 
 PauseMode = Literal["keep", "retract", "abort"]
 LOGIT_ROWS = 256  # rows of logits over the vocabulary at a time, for prompt log-probs

@@ -1,0 +1,1 @@
+"""Rollouts of diffusion transformers: diffusers' models with quantized linears, solvers, samples."""

@@ -1,0 +1,81 @@
+"""Qwen-Image: true classifier-free guidance, its result rescaled to the norm of the prompted prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..params import DiffusionParams
+from ..schedule import resolution_shift
+from .family import Embeds, Size, distilled_guidance, image_size, plain_cfg, stack_prompts, to_uint8, unnormalized
+from .tokens import patches_to_tokens, tokens_to_patches
+
+
+class QwenImage:
+    """Tokens of 2 x 2 latent pixels; text of any length, without padding."""
+
+    TRANSFORMER: ClassVar[str] = "QwenImageTransformer2DModel"
+    SCHEDULER: ClassVar[Mapping[str, Any]] = {
+        "use_dynamic_shifting": True,
+        "max_shift": 0.9,
+        "max_image_seq_len": 8192,
+        "shift_terminal": 0.02,
+    }
+    KEEP: ClassVar[tuple[str, ...]] = ("img_in", "txt_in", "time_text_embed*", "norm_out*", "proj_out")
+    LINEAR_SIGMAS: ClassVar[bool] = True
+    POOLED: ClassVar[bool] = False
+    PIXELS: ClassVar[int] = 1024
+
+    def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None:
+        self.channels, self.vae_scale = config["in_channels"] // 4, vae_scale
+        self.distilled = bool(config.get("guidance_embeds", False))
+
+    def size(self, params: DiffusionParams) -> Size:
+        return image_size(params, self.PIXELS, 2 * self.vae_scale)
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        return self.channels, size.height // self.vae_scale, size.width // self.vae_scale
+
+    def pack(self, noise: Tensor) -> Tensor:
+        return patches_to_tokens(noise)
+
+    def unpack(self, latents: Tensor, size: Size) -> Tensor:
+        return tokens_to_patches(latents, *self.noise_shape(size)[1:])
+
+    def mu(self, scheduler: Any, size: Size, steps: int) -> float | None:
+        _, height, width = self.noise_shape(size)
+        return resolution_shift(scheduler, height * width // 4)
+
+    def guidance(self, params: DiffusionParams) -> float | None:
+        return distilled_guidance(params, 1.0 if self.distilled else None)
+
+    def inputs(
+        self, latents: Tensor, timestep: Tensor, embeds: Sequence[Embeds], size: Size, guidance: float | None
+    ) -> dict[str, Any]:
+        _, height, width = self.noise_shape(size)
+        masks = [one.mask for one in embeds if one.mask is not None]
+        return {
+            "hidden_states": latents,
+            "timestep": timestep.to(latents.dtype) / 1000,
+            "guidance": None if guidance is None else torch.full_like(timestep, guidance),
+            "encoder_hidden_states": stack_prompts(embeds),
+            "encoder_hidden_states_mask": torch.stack(masks) if masks else None,
+            "img_shapes": [[(1, height // 2, width // 2)]] * len(latents),
+        }
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        guided = plain_cfg(with_prompt, without, scale)
+        return guided * (with_prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def encode(self, pipeline: Any, prompts: Sequence[str]) -> list[Embeds]:
+        prompt, mask = pipeline.encode_prompt(prompt=list(prompts))
+        masks = [None] * len(prompt) if mask is None else mask.bool()
+        return [Embeds(one if kept is None else one[kept]) for one, kept in zip(prompt, masks, strict=True)]
+
+    def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:
+        vae = pipeline.vae
+        image = self.unpack(latents, size)[:, :, None].to(vae.dtype)  # one frame
+        return to_uint8(vae.decode(unnormalized(vae, image), return_dict=False)[0][:, :, 0])

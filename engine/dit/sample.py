@@ -1,0 +1,58 @@
+"""What a diffusion rollout gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+from torch import Tensor
+
+from .families import Embeds, Size
+from .params import DiffusionParams
+
+
+class Seeds(Struct, frozen=True):
+    """`init` draws the first latent, `step` the noise of the steps; on every machine and in every company the same."""
+
+    init: int
+    step: int
+
+
+class DiffusionSample(Struct, frozen=True):
+    """One sample of one prompt.
+
+    `latents`: [len(points), *latent shape] as the transformer takes them, in `params.latents_dtype`; `points` are their
+    places among the steps + 1 of the trajectory, point 0 being noise. `window`: the steps drawn, half-open; `logprobs`
+    and `stds` float32 [len(window)], `means` [len(window), *latent shape]: latents[i + 1] ~ Normal(mean, std) at step
+    i, with the density that `params.solver.log_density` names, of the latent as stored. `sigmas` float32 [steps + 1]
+    and `timesteps` [steps] as used. `precisions`: of every step. `image`: uint8 [height, width, 3], with frames in
+    front for a video. `embeds` is shared by a group. `params` are those of the call, with everything that was left
+    open filled in; `params` and `seeds` give the sample again (`replay`).
+    """
+
+    prompt_index: int
+    latents: Tensor
+    points: range
+    window: range
+    logprobs: Tensor | None
+    stds: Tensor
+    means: Tensor | None
+    sigmas: Tensor
+    timesteps: Tensor
+    precisions: Sequence[str]
+    image: Tensor | None
+    embeds: Embeds
+    seeds: Seeds
+    size: Size
+    weight_version: str
+    params: DiffusionParams
+
+
+class Exploration(Struct, frozen=True):
+    """One prompt's pool, ranked: `rewards` float32 [pool]; `best` and `worst` are places in the pool, the best first
+    and the worst first; `samples` are those, best ones in front, computed again in the precision asked for."""
+
+    rewards: Tensor
+    best: Sequence[int]
+    worst: Sequence[int]
+    samples: Sequence[DiffusionSample]

@@ -1,0 +1,100 @@
+"""One denoising step of every solver. All are linear in latent and velocity: mean = x * latent + v * velocity.
+
+Flow matching: latent = (1 - sigma) * clean + sigma * noise, velocity v = noise - clean, sigma falls from 1 to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from .params import ODE, DanceSDE, FlowCPS, FlowSDE, LogDensity, Solver
+
+
+class Step(Struct, frozen=True):
+    """next = x * latent + v * velocity + std * noise."""
+
+    x: float
+    v: float
+    std: float = 0.0
+
+
+def make_steps(solver: Solver, sigmas: Sequence[float], drawn: range) -> list[Step]:
+    """A step for every interval of `sigmas` [steps + 1]; those in `drawn` have noise, the others follow the ODE."""
+    pairs = list(zip(sigmas, sigmas[1:], strict=False))
+    largest = sigmas[1]  # stands for sigma 1, where Flow-GRPO's std would be infinite
+    return [
+        _noisy(solver, now, then, largest) if i in drawn else _euler(now, then) for i, (now, then) in enumerate(pairs)
+    ]
+
+
+def _euler(sigma: float, following: float) -> Step:
+    return Step(1.0, following - sigma)
+
+
+def _noisy(solver: Solver, sigma: float, following: float, largest: float) -> Step:
+    match solver:
+        case FlowSDE():
+            return _flow_sde(sigma, following, largest, solver.noise_level)
+        case FlowCPS():
+            return _flow_cps(sigma, following, solver.noise_level)
+        case DanceSDE():
+            return _dance_sde(sigma, following, solver.eta)
+        case ODE():
+            return _euler(sigma, following)
+
+
+def _flow_sde(sigma: float, following: float, largest: float, level: float) -> Step:
+    """s = level * sqrt(sigma / (1 - sigma)); mean = x (1 + s^2 dt / 2 sigma) + v (1 + s^2 (1 - sigma) / 2 sigma) dt."""
+    dt = following - sigma
+    variance = level**2 * sigma / (1 - (largest if sigma == 1 else sigma))
+    half = variance / (2 * sigma)
+    return Step(1 + half * dt, (1 + half * (1 - sigma)) * dt, math.sqrt(-variance * dt))
+
+
+def _flow_cps(sigma: float, following: float, level: float) -> Step:
+    """mean = clean (1 - next) + noise sqrt(next^2 - std^2), clean = x - sigma v, noise = x + (1 - sigma) v."""
+    std = following * math.sin(level * math.pi / 2)
+    kept = math.sqrt(following**2 - std**2)
+    return Step(1 - following + kept, kept * (1 - sigma) - (1 - following) * sigma, std)
+
+
+def _dance_sde(sigma: float, following: float, eta: float) -> Step:
+    """mean = x + dt (v - eta^2 score / 2), score = -(x - (1 - sigma) clean) / sigma^2, clean = x - sigma v."""
+    dt = following - sigma
+    push = eta**2 / 2 / sigma  # x - (1 - sigma) clean = sigma (x + (1 - sigma) v)
+    return Step(1 + push * dt, (1 + push * (1 - sigma)) * dt, eta * math.sqrt(-dt))
+
+
+def log_density(latents: Tensor, mean: Tensor, std: float, kind: LogDensity) -> Tensor:
+    """float32 [batch]: the mean over all elements of a sample, latents and mean float32 [batch, ...]."""
+    squares = (latents - mean).square().flatten(1).mean(1)
+    if kind == "squared_error":
+        return -squares
+    return -squares / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def draw_noise(seeds: Sequence[int], shape: Sequence[int], step: int | None = None) -> Tensor:
+    """float32 [len(seeds), *shape] of standard normal noise on the host, a generator a sample.
+
+    `step` None: the first latent (as a diffusers pipeline draws it with a CPU generator of this seed in float32);
+    else the noise of that step. torch's CPU generator draws the same on every machine, whatever the engine's device.
+    """
+    return torch.stack([torch.randn(*shape, generator=_generator(seed, step)) for seed in seeds])
+
+
+def _generator(seed: int, step: int | None) -> torch.Generator:
+    mixed = seed if step is None else _mix(seed * 0x9E3779B97F4A7C15 + step + 1)
+    return torch.Generator().manual_seed(mixed)
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finalizer, to 63 bits."""
+    value &= (1 << 64) - 1
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & ((1 << 64) - 1)
+    return (value ^ (value >> 31)) >> 1

@@ -1,0 +1,105 @@
+"""`SiblingLinears`: linears that are quantized together and applied one by one (to_q, to_k, to_v of an attention)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from .device import Capability
+from .errors import UnsupportedError
+from .kernel import LinearKernel, select_kernel
+from .scheme import FP8, Plain, Scheme, Stored, TensorSpec, WeightShape
+from .slot import WeightSlot
+
+
+class SplitPacker:
+    """Shards of one weight, packed by a kernel each; tensor `key` of shard `i` is called `i.key`."""
+
+    def __init__(self, scheme: Scheme, shape: WeightShape, kernels: Sequence[LinearKernel]) -> None:
+        self.shape, self.kernels = shape, tuple(kernels)
+        self._per_row = isinstance(scheme, FP8) and scheme.per_channel
+
+    def packed(self) -> dict[str, TensorSpec]:
+        return {f"{i}.{key}": spec for i, kernel in enumerate(self.kernels) for key, spec in kernel.packed().items()}
+
+    def prepare(self, matrices: Stored) -> dict[str, Tensor]:
+        packed = {}
+        for i, kernel in enumerate(self.kernels):
+            rows = self.shape.shard_slice(i)
+            shard = kernel.prepare({key: value[rows] for key, value in matrices.items()})
+            packed |= {f"{i}.{key}": value for key, value in shard.items()}
+        return packed
+
+    def derive(self, scales: Stored) -> dict[str, Tensor]:
+        packed = {}
+        for i, kernel in enumerate(self.kernels):
+            shard = kernel.derive({key: value[self._scale_slice(key, i)] for key, value in scales.items()})
+            packed |= {f"{i}.{key}": value for key, value in shard.items()}
+        return packed
+
+    def _scale_slice(self, key: str, shard: int) -> slice:
+        whole_rows = self._per_row and key == "weight_scale"
+        return self.shape.shard_slice(shard) if whole_rows else slice(shard, shard + 1)
+
+
+class SiblingLinears:
+    """y_i = x W_i^T (+ bias): one slot over the named modules, a kernel for each of them.
+
+    They share what the scheme shares between shards (NVFP4's global scale), as ModelOpt lets linears do that read the
+    same input; each is computed when it is asked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[str],
+        rows: Sequence[int],
+        in_features: int,
+        scheme: Scheme,
+        *,
+        capability: Capability,
+        dtype: torch.dtype,
+        kernel: str = "auto",
+        fused: Sequence[str] = (),
+    ) -> None:
+        self.scheme, self.capability, self.dtype = scheme, capability, dtype
+        shapes = [WeightShape((count,), in_features) for count in rows]
+        self.kernels = [
+            select_kernel(scheme, shape, capability, dtype, kernel)(scheme, shape, dtype, capability)
+            for shape in shapes
+        ]
+        shape = WeightShape(tuple(rows), in_features)
+        packer = SplitPacker(scheme, shape, self.kernels)
+        self.slot = WeightSlot(name, [modules], scheme, shape, packer, device=capability.device, fused=fused)
+        self._packed = [_of_shard(self.slot.tensors, i) for i in range(len(rows))]
+
+    def apply(self, shard: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [num_tokens, in_features] -> [num_tokens, rows of the shard], in `dtype`."""
+        if shard == 0:
+            self.slot.watch(x)  # all shards read the same input
+        return self.kernels[shard].apply(x, self._packed[shard], bias)
+
+    def apply_weight_only(self, shard: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same packed weights, the activations as they are."""
+        return self._weight_only(self.kernels[shard]).apply(x, self._packed[shard], bias)
+
+    def _weight_only(self, kernel: LinearKernel) -> LinearKernel:
+        scheme = self.scheme
+        if isinstance(scheme, Plain) or scheme.activation == "none":
+            return kernel
+        scheme, kind = replace(scheme, activation="none"), type(kernel)  # pyright: ignore[reportArgumentType]
+        reason = kind.unsupported(scheme, kernel.shape, self.dtype, self.capability)
+        if reason is None:
+            made = kind(scheme, kernel.shape, self.dtype, self.capability)
+            if made.packed().items() <= kernel.packed().items():
+                return made
+            reason = "packs weights otherwise when activations are not quantized"
+        raise UnsupportedError(f"{self.slot.name}: precision 'weight_only'", [f"{kernel.name}: {reason}"])
+
+
+def _of_shard(tensors: Stored, shard: int) -> dict[str, Tensor]:
+    start = f"{shard}."
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
