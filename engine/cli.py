@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from ..quant import Activation, QuantName, RollmillError
+from ..quant import Activation, ConfigError, QuantName, RollmillError
 from .commands import bench, inspect, quantize
 from .config import EngineConfig, SamplingParams
 from .env import cache_home, read_toggle_rows
@@ -35,11 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rollmill", description="RL rollouts from quantized weights.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="GRPO on a real MoE language model, every step a hot swap")
-    demo.add_argument("kind", nargs="?", choices=("llm",), default="llm", help="llm (the only one so far)")
-    demo.add_argument("--model", type=Path, help="a Mixtral folder (default: built from SmolLM2-135M)")
+    demo = commands.add_parser("demo", help="RL on a small model with quantized rollouts, every step a hot swap")
+    demo.add_argument(
+        "kind", nargs="?", choices=("llm", "dit"), default="llm", help="a language model (default), or one of images"
+    )
+    demo.add_argument("--model", type=Path, help="llm: a Mixtral folder (default: built from SmolLM2-135M)")
     demo.add_argument("--quant", choices=("nvfp4", "fp8"), default="nvfp4")
-    demo.add_argument("--steps", type=int, default=8)
+    demo.add_argument("--steps", type=int, help="default: 8 of llm, 16 of dit")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the report")
     demo.set_defaults(run=_demo)
@@ -68,11 +70,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .demo.config import DemoConfig  # what only the demo needs is imported for the demo only
-    from .demo.run import run_demo
+    cache, settings = Path(cache_home()) / "rollmill", {"quant": arguments.quant, "seed": arguments.seed}
+    if arguments.steps is not None:
+        settings["steps"] = arguments.steps
+    if arguments.kind == "llm":
+        from .demo.config import DemoConfig  # what only the demo needs is imported for the demo only
+        from .demo.run import run_demo
 
-    config = DemoConfig(quant=arguments.quant, steps=arguments.steps, seed=arguments.seed)
-    run_demo(arguments.model, config, out=arguments.out, cache=Path(cache_home()) / "rollmill")
+        run_demo(arguments.model, DemoConfig(**settings), out=arguments.out, cache=cache)
+        return
+    if arguments.model is not None:
+        raise ConfigError("--model is for `demo llm`; `demo dit` trains its own model")
+    from .demo.dit.config import DitDemoConfig
+    from .demo.dit.run import run_dit_demo
+
+    run_dit_demo(DitDemoConfig(**settings), out=arguments.out, cache=cache)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

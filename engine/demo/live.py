@@ -1,8 +1,10 @@
 """What a person at the terminal sees while the demo runs."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,18 +18,29 @@ TITLE = "GRPO on small sums: rollouts from quantized weights"
 CAPTION = "tok/s: of the rollouts. KL: (trainer || rollout), nats a token; static: with static activation scales"
 
 
+class TableWords(msgspec.Struct, frozen=True):
+    """What a table says around its rows."""
+
+    columns: Sequence[str]
+    title: str
+    caption: str
+
+
+WORDS = TableWords(COLUMNS, TITLE, CAPTION)
+
+
 class LiveTable:
     """A table that grows by a row a step, with the present phase below it; plain lines where there is no terminal."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, words: TableWords = WORDS) -> None:
+        self.console, self.columns = console, words.columns
         self.table = Table(
-            *COLUMNS,
+            *words.columns,
             box=SIMPLE_HEAD,
             pad_edge=False,
             collapse_padding=True,
-            title=TITLE,
-            caption=CAPTION,
+            title=words.title,
+            caption=words.caption,
             caption_justify="left",
         )
         for column in self.table.columns:
@@ -39,13 +52,12 @@ class LiveTable:
         """Name what is going on now."""
         self.spinner.update(text=phase)
 
-    def add(self, record: StepRecord) -> None:
-        """Show a finished step."""
-        row = cells(record)
+    def add(self, row: Sequence[str]) -> None:
+        """Show a finished step, a cell a column."""
         self.table.add_row(*row)
         if not self.console.is_terminal:
             self.console.print(
-                "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True)), soft_wrap=True
+                "  ".join(f"{name} {cell}" for name, cell in zip(self.columns, row, strict=True)), soft_wrap=True
             )
 
     def _view(self) -> RenderableType:

@@ -13,7 +13,7 @@ from ..llm.engine import LanguageEngine
 from ..report.history import History, StepRecord
 from .config import DemoConfig
 from .divergence import mean_kl
-from .live import LiveTable
+from .live import LiveTable, cells
 from .rollouts import Rollouts, draw_rollouts
 from .static_scales import calibrate, write_static_folder
 from .stopwatch import Stopwatch
@@ -62,7 +62,7 @@ class DemoLoop:
         history.before = self.draw(shown, 2).shown()
         for step in range(self.config.steps):
             history.steps.append(self.step(step))
-            self.live.add(history.steps[-1])
+            self.live.add(cells(history.steps[-1]))
         self.live.say("the same prompts after training, and quantization errors")
         history.after = self.draw(shown, 2).shown()
         weights, num_layers = dict(self.trainer.weights()), self.trainer.num_layers

@@ -1,17 +1,14 @@
 """A real mixture of experts for the demo: SmolLM2-135M upcycled to Mixtral, made once and kept in a cache folder."""
 
-import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from .cached_folder import make_once
 from .smollm2 import GGUF_SHA256, fetch_gguf, load_dense
 
-MARKER = "rollmill_complete.json"
 ROUTER_STD = 0.05
 
 
@@ -31,45 +28,17 @@ def build_model(
     """
     recipe = {"experts": experts, "top_k": top_k, "noise": noise, "seed": seed, "gguf_sha256": GGUF_SHA256}
     folder = cache / f"smollm2-moe-{experts}x-top{top_k}-noise{noise:g}-seed{seed}"
-    if is_complete(folder, recipe):
-        return folder
-    dense, tokenizer = load_dense(fetch_gguf(cache, log))
-    log(f"upcycling to {experts} experts, top {top_k}")
-    model = upcycle(dense, experts=experts, top_k=top_k, noise=noise, seed=seed)
-    # a folder of its own until the last byte is there: a killed or a second builder never shows a half-made model
-    building = Path(tempfile.mkdtemp(dir=cache, prefix=f"{folder.name}.building-"))
-    try:
+
+    def write(building: Path) -> None:
+        dense, tokenizer = load_dense(fetch_gguf(cache, log))
+        log(f"upcycling to {experts} experts, top {top_k}")
+        model = upcycle(dense, experts=experts, top_k=top_k, noise=noise, seed=seed)
         model.bfloat16().save_pretrained(building)
         tokenizer.save_pretrained(building)
-        sizes = {file.name: file.stat().st_size for file in building.iterdir()}
-        (building / MARKER).write_text(json.dumps({"recipe": recipe, "sizes": sizes}))
-        publish(building, folder, recipe)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    log(f"saved {folder}")
+
+    if make_once(folder, recipe, write):
+        log(f"saved {folder}")
     return folder
-
-
-def is_complete(folder: Path, recipe: dict[str, object]) -> bool:
-    """Whether `folder` was written to its end by this recipe and its files still have their sizes."""
-    marker = folder / MARKER
-    if not marker.exists():
-        return False
-    written = json.loads(marker.read_text())
-    if written.get("recipe") != recipe:
-        return False
-    files = {folder / name: size for name, size in written["sizes"].items()}
-    return all(file.exists() and file.stat().st_size == size for file, size in files.items())
-
-
-def publish(building: Path, folder: Path, recipe: dict[str, object]) -> None:
-    """Give the finished folder its name, in place of a torn one; a complete one that came first is kept."""
-    if is_complete(folder, recipe):
-        return
-    if folder.exists():
-        shutil.rmtree(folder)
-    building.chmod(0o755)  # mkdtemp's 0o700 would hide the cache from its other readers
-    building.rename(folder)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """One self-contained HTML page from a `History`."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -68,16 +68,24 @@ COLUMNS = (
 
 def write_report(history: History, path: Path) -> Path:
     """Write the page to `path` and return it. The history must hold a step at least."""
-    page = Template(resources.files(__name__.rpartition(".")[0]).joinpath("page.html").read_text())
-    path.write_text(
-        page.substitute(
-            title=escape(f"{history.model}, {history.quant}"),
-            summary=summary(history),
-            figures="".join(figure(draw(history), *words) for draw, *words in FIGURES) + set_up(history),
-            steps=table(COLUMNS, step_rows(history)),
-            completions=table(("prompt", "before training", "reward", "after training", "reward"), pairs(history)),
-        )
+    completions = table(("prompt", "before training", "reward", "after training", "reward"), pairs(history))
+    return write_page(
+        path,
+        title=f"{history.model}, {history.quant}",
+        summary=summary(history),
+        figures="".join(figure(draw(history), *words) for draw, *words in FIGURES) + set_up(history),
+        steps=table(COLUMNS, step_rows(history)),
+        more=f'<section class="completions"><h2>Completions</h2>{completions}</section>',
     )
+
+
+def write_page(
+    path: Path, *, title: str, summary: str, figures: str, steps: str, more: str = "", style: str = ""
+) -> Path:
+    """Fill the page with parts in HTML (`title` in plain text, `style` in CSS) and write it."""
+    page = Template(resources.files(__name__.rpartition(".")[0]).joinpath("page.html").read_text())
+    parts = {"summary": summary, "figures": figures, "steps": steps, "more": more, "style": style}
+    path.write_text(page.substitute(title=escape(title), **parts))
     return path
 
 
@@ -94,7 +102,11 @@ def summary(history: History) -> str:
         "KL(trainer || rollout), mean": f"{statistics.fmean(s.kl for s in steps):.3f}",
         "seconds in all, set-up included": f"{history.total_seconds:.0f}",
     }
-    facts = f"seed {history.seed}; trained: {history.trained}"
+    return headline(f"seed {history.seed}; trained: {history.trained}", cards)
+
+
+def headline(facts: str, cards: Mapping[str, str]) -> str:
+    """A line of facts, and a card for every number: what it is -> its value."""
     shown = "".join(f"<div><b>{value}</b><span>{escape(name)}</span></div>" for name, value in cards.items())
     return f'<p class="facts">{escape(facts)}</p><div class="cards">{shown}</div>'
 

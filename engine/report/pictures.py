@@ -1,9 +1,10 @@
 """The report's pictures, each an SVG (with its legend) drawn from a `History`."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from . import svg
-from .history import History, StepRecord
+from .history import History
 
 BLUE, ORANGE, GREEN, ROSE, GREY = "#2f6fb7", "#e08a2e", "#3f9d75", "#c9567a", "#9aa7b4"
 PHASES = {"receive": GREY, "quantize": BLUE, "prepare": GREEN, "commit": ROSE}
@@ -15,6 +16,13 @@ KIND_NAMES = {
     "w13": "experts' gate and up",
     "w2": "experts' down",
 }
+
+
+class Step(Protocol):
+    """One step of a run, as far as an axis of steps goes."""
+
+    @property
+    def step(self) -> int: ...
 
 
 def reward_picture(history: History) -> str:
@@ -85,7 +93,7 @@ def time_picture(history: History) -> str:
 
 
 def stacked_bars(
-    steps: Sequence[StepRecord], seconds: Sequence[Mapping[str, float]], colours: Mapping[str, str], title: str
+    steps: Sequence[Step], seconds: Sequence[Mapping[str, float]], colours: Mapping[str, str], title: str
 ) -> str:
     """A bar a step, its parts stacked in the order of `colours`."""
     top = 1.1 * max(sum(parts.get(name, 0.0) for name in colours) for parts in seconds)
@@ -98,11 +106,16 @@ def stacked_bars(
             high = low + parts.get(name, 0.0)
             bars.append(svg.bar(axes, record.step, low, high, 0.62, colour, f"{name}: {high - low:.2f} s"))
             low = high
-    drawn = svg.picture(title, svg.grid(axes, [s.step for s in steps], "step", "seconds"), *bars)
+    drawn = svg.picture(title, svg.grid(axes, step_ticks(steps), "step", "seconds"), *bars)
     return svg.legend(dict(colours)) + drawn
 
 
-def step_axes(steps: Sequence[StepRecord], top: float) -> svg.Axes:
+def step_axes(steps: Sequence[Step], top: float) -> svg.Axes:
     """Steps along x, 0 to `top` along y."""
     first, last = steps[0].step, steps[-1].step
     return svg.Axes((first - 0.3, last + 0.3), (0, top or 1.0))
+
+
+def step_ticks(steps: Sequence[Step]) -> list[int]:
+    """Labels that fit beside each other."""
+    return [s.step for s in steps[:: max(1, len(steps) // 10)]]

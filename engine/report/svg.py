@@ -62,6 +62,15 @@ def line(axes: Axes, points: Points, colour: str, *, dashed: bool = False) -> st
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>{dots}'
 
 
+def dots(axes: Axes, points: Points, colour: str) -> str:
+    """A dot (with a tooltip) at each point."""
+    return "".join(
+        f'<circle cx="{axes.x(x)}" cy="{axes.y(y)}" r="3" fill="{colour}" opacity="0.6">'
+        f"<title>{x:.3g}: {y:.3g}</title></circle>"
+        for x, y in points
+    )
+
+
 def band(axes: Axes, low: Points, high: Points, colour: str) -> str:
     """The area between two lines over the same x."""
     path = " ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in [*low, *reversed(high)])

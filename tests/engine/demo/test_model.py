@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rollmill.engine.demo import model as demo_model, smollm2
+from rollmill.engine.demo.cached_folder import MARKER
 from rollmill.engine.errors import ModelError
 
 
@@ -36,7 +37,7 @@ def test_second_call_builds_nothing(builds, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 
-@pytest.mark.parametrize("torn", ["model.safetensors", "config.json", demo_model.MARKER])
+@pytest.mark.parametrize("torn", ["model.safetensors", "config.json", MARKER])
 def test_torn_folder_is_rebuilt(builds, tmp_path, torn):
     folder = demo_model.build_model(tmp_path, print)
     whole = (folder / "model.safetensors").read_bytes()

@@ -1,0 +1,1 @@
+"""`rollmill demo dit`: a small diffusion transformer of digits, Flow-GRPO, quantized rollouts and a swap a step."""
