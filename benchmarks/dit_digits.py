@@ -1,10 +1,11 @@
 """What quantization costs a diffusion transformer's rollouts, through the engine; and whether the demo's policy learns.
 
 Model: FLUX.1's architecture at 2.3 M parameters, trained on scikit-learn's digits (`rollmill demo dit`). 240 samples
-of 10 steps, drawn in FP8 and in NVFP4 (scales per token, ModelOpt's layers kept in BF16) and once more in BF16 from
-the same noise, by Flow-GRPO's SDE at noise level 0.7. Judge: share of images that are read as their digit. Spearman,
-overlap: of rewards (mean ink of a right digit), and of the best quarters. dlogp: mean |log-prob under BF16 weights -
-returned log-prob| of the stored trajectories, each the mean over a latent's elements.
+of 10 steps by Flow-GRPO's SDE at noise level 0.7, drawn in FP8 and in NVFP4 (scales per token, ModelOpt's layers kept
+in BF16) and once more in BF16 from the same noise; figures are medians over several such draws. Judge: share of images
+that are read as their digit. Spearman, overlap: of rewards (mean ink of a right digit), and of the best quarters.
+dlogp: mean |log-prob under BF16 weights - returned log-prob| of the stored trajectories, each the mean over a latent's
+elements.
 Limit: the bar; of the judge, two points below BF16.
 Peer: an emulation in float32 on a smaller DiT of the same digits, FP8 with static scales, everything with noise.
 `dit_demo_reward_gain_se`: (mean reward of the demo's last 3 steps - of its first 3) / standard error, over seeds.
@@ -54,55 +55,94 @@ BARS: dict[Quant, Bars] = {
 }
 
 
-def draw(folder: Path, quant: Quant, config: DitDemoConfig, per_digit: int) -> tuple[Trajectories, Trajectories]:
-    """(quantized, BF16) trajectories of every digit from the same noise."""
+class Drawn(msgspec.Struct, frozen=True):
+    """One draw in a format, and in BF16 from the same noise; `gaps`: |differences of log-probs| [samples, steps]."""
+
+    found: Trajectories
+    bf16: Trajectories
+    gaps: torch.Tensor
+
+
+def draw(folder: Path, quant: Quant, config: DitDemoConfig, per_digit: int, draws: int) -> list[Drawn]:
+    """`draws` times `per_digit` samples of every digit; every draw has noise of its own, the same in all formats."""
     wish = EngineConfig(quant=quant, activation="per_token", dual="bf16", dtype="float32", max_denoise_batch=80)
-    digits = range(NUM_CLASSES)
+    digits, model, drawn = range(NUM_CLASSES), load_flux(folder), []
     with DiffusionEngine(folder, wish) as engine:
-        params = config.params(per_digit, init_seed=0, step_seed=1_000_000)
-        samples = engine.generate([embeds_of(digit) for digit in digits], params)
-        again = engine.replay(samples, precision="bf16")
-    return collect(samples, digits), collect(again, digits)
+        for start in range(0, 1000 * draws, 1000):
+            params = config.params(per_digit, init_seed=start, step_seed=1_000_000 + start)
+            samples = engine.generate([embeds_of(digit) for digit in digits], params)
+            found, bf16 = (collect(one, digits) for one in (samples, engine.replay(samples, precision="bf16")))
+            own = (recompute_logprobs(model, bf16) - bf16.logprobs).abs().max()
+            print(f"{quant}: log-probs of BF16 and of diffusers' own module agree to {own:.1e}", flush=True)
+            drawn.append(Drawn(found, bf16, (recompute_logprobs(model, found) - found.logprobs).abs()))
+    return drawn
 
 
-def results_of(quant: Quant, found: Trajectories, bf16: Trajectories, judge: Judge, gaps: torch.Tensor) -> list[Result]:
-    """The four figures of a format; `gaps` are |differences of log-probs| [samples, steps]."""
-    bars, count = BARS[quant], len(found.labels)
-    rewards, references = (judge.rewards(one.ink, one.labels) for one in (found, bf16))
-    right, right_bf16 = (judge.right(one.ink, one.labels) for one in (found, bf16))
-    accuracy, accuracy_bf16 = (100 * one.float().mean().item() for one in (right, right_bf16))
-    decibels = psnr(found.latents[:, -1], bf16.latents[:, -1])
-    error = (found.latents[:, -1] - bf16.latents[:, -1]).norm() / bf16.latents[:, -1].norm()
-    same = f"{count} samples, {len(found.steps)} steps; "
+def figures_of(one: Drawn, judge: Judge) -> dict[str, float]:
+    """Everything that one draw says."""
+    found, bf16 = one.found, one.bf16
+    rewards, references = (judge.rewards(each.ink, each.labels) for each in (found, bf16))
+    right, right_bf16 = (judge.right(each.ink, each.labels) for each in (found, bf16))
     both = right & right_bf16
+    last, last_bf16 = found.latents[:, -1], bf16.latents[:, -1]
+    return {
+        "judge": 100 * right.float().mean().item(),
+        "judge_bf16": 100 * right_bf16.float().mean().item(),
+        "flips": (right != right_bf16).sum().item(),
+        "spearman": rank_correlation(rewards, references),
+        "spearman_both": rank_correlation(rewards[both], references[both]),
+        "overlap": 100 * top_overlap(rewards, references),
+        "dlogp": one.gaps.mean().item(),
+        "largest": one.gaps.max().item(),
+        "error": 100 * ((last - last_bf16).norm() / last_bf16.norm()).item(),
+        "psnr": psnr(last, last_bf16).median().item(),
+    }
+
+
+def results_of(quant: Quant, drawn: list[Drawn], judge: Judge) -> list[Result]:
+    """The four figures of a format, medians over the draws."""
+    bars, figures = BARS[quant], [figures_of(one, judge) for one in drawn]
+    middle = {name: statistics.median(one[name] for one in figures) for name in figures[0]}
+    steps = torch.stack([one.gaps.mean(0) for one in drawn]).mean(0).tolist()
     notes = {
-        "judge": f"{same}BF16 {accuracy_bf16:.2f} %; read otherwise than in BF16: {int((right != right_bf16).sum())}; "
-        f"images differ by {error:.1%}, PSNR {decibels.median():.1f} dB (least {decibels.min():.1f})",
-        "spearman": f"{same}{rank_correlation(rewards[both], references[both]):.4f} over digits right in both; "
-        f"mean reward {rewards.mean():.4f}, BF16 {references.mean():.4f}",
-        "dlogp": f"{same}largest {gaps.max():.1e}; by step " + ", ".join(f"{gap:.1e}" for gap in gaps.mean(0).tolist()),
+        "judge": f"BF16 {middle['judge_bf16']:.2f} %; read otherwise than in BF16: "
+        f"{', '.join(str(int(one['flips'])) for one in figures)} a draw; images differ by {middle['error']:.1f} %, "
+        f"PSNR {middle['psnr']:.1f} dB",
+        "spearman": f"{middle['spearman_both']:.4f} over digits right in both",
+        "overlap": "",
+        "dlogp": f"largest {max(one['largest'] for one in figures):.1e}; by step "
+        + ", ".join(f"{gap:.1e}" for gap in steps),
     }
     rows = (
-        ("judge", accuracy, "% right", accuracy_bf16 - 2, bars.judge_peer),
-        ("spearman", rank_correlation(rewards, references), "rank correlation", *bars.spearman),
-        ("overlap", 100 * top_overlap(rewards, references), "% of the best quarter", *bars.overlap),
-        ("dlogp", gaps.mean().item(), "mean difference", None, bars.dlogp_peer),
+        ("judge", "% right", middle["judge_bf16"] - 2, bars.judge_peer),
+        ("spearman", "rank correlation", *bars.spearman),
+        ("overlap", "% of the best quarter", *bars.overlap),
+        ("dlogp", "mean difference", None, bars.dlogp_peer),
     )
-    return [
-        make_result(
-            f"dit_{name}_{quant}", value, unit, limit=limit, peer=peer, peer_name=PEER, note=notes.get(name, same[:-2])
+    results = []
+    for name, unit, limit, peer in rows:
+        values = [one[name] for one in figures]
+        note = (
+            f"{len(drawn)} draws of {len(drawn[0].found.labels)}: {min(values):.4g}..{max(values):.4g}; {notes[name]}"
         )
-        for name, value, unit, limit, peer in rows
-    ]
+        results.append(
+            make_result(
+                f"dit_{name}_{quant}",
+                middle[name],
+                unit,
+                limit=limit,
+                peer=peer,
+                peer_name=PEER,
+                note=note.removesuffix("; "),
+            )
+        )
+    return results
 
 
-def measure_formats(folder: Path, config: DitDemoConfig, per_digit: int) -> list[Result]:
-    judge, model, results = Judge(), load_flux(folder), []
+def measure_formats(folder: Path, config: DitDemoConfig, per_digit: int, draws: int) -> list[Result]:
+    results = []
     for quant in get_args(Quant):
-        found, bf16 = draw(folder, quant, config, per_digit)
-        own = (recompute_logprobs(model, bf16) - bf16.logprobs).abs().max()
-        print(f"{quant}: BF16's own log-probs, recomputed by diffusers' module: within {own:.1e}")
-        results += results_of(quant, found, bf16, judge, (recompute_logprobs(model, found) - found.logprobs).abs())
+        results += results_of(quant, draw(folder, quant, config, per_digit, draws), Judge())
     for result in results:
         print(f"{result.name}: {result.value:.4g} {result.unit}; {result.note}", flush=True)
     return results
@@ -129,6 +169,7 @@ def measure_gain(seeds: int, steps: int, out: Path, cache: Path) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-digit", type=int, default=24)
+    parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--denoising-steps", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)
@@ -137,7 +178,8 @@ def main() -> None:
     torch.set_num_threads(1)
     cache = Path(cache_home()) / "rollmill"
     config = DitDemoConfig(denoising_steps=arguments.denoising_steps)
-    results = measure_formats(build_model(cache, print, config.recipe), config, arguments.per_digit)
+    folder = build_model(cache, print, config.recipe)
+    results = measure_formats(folder, config, arguments.per_digit, arguments.draws)
     save("dit_digits", [*results, measure_gain(arguments.seeds, arguments.steps, arguments.out, cache)])
 
 

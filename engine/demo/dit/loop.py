@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from ...config import EngineConfig
@@ -167,10 +166,3 @@ class DitDemoLoop:
             for way, samples in drawn.items()
             for sample in samples
         ]
-
-
-def set_threads(count: int) -> int:
-    """Have torch compute with `count` threads; returns how many it had."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    return before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from ...env import cache_home
@@ -12,7 +13,7 @@ from ..live import LiveTable
 from ..stopwatch import Stopwatch
 from .config import DitDemoConfig
 from .live import WORDS
-from .loop import DitDemoLoop, set_threads
+from .loop import DitDemoLoop
 from .model import build_model
 
 
@@ -28,12 +29,13 @@ def run_dit_demo(
     The model is trained at the first call (about two minutes of one core) and kept in `cache`.
     """
     config, console = config or DitDemoConfig(), console or Console()
-    threads = set_threads(config.threads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
     try:
         with Stopwatch() as total:
             history = _train(config, cache or Path(cache_home()) / "rollmill", console)
     finally:
-        set_threads(threads)
+        torch.set_num_threads(threads)
     history.total_seconds = total.seconds
     out.mkdir(parents=True, exist_ok=True)
     history.write_json(out / "history.json")
