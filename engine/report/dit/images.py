@@ -21,7 +21,7 @@ STYLE = """
   .sheet b { width: 1.2em; line-height: 36px; }
   .sheet span, .strip small { display: block; font-size: 11px; color: var(--soft); text-align: center; }
   .sheets { display: flex; flex-wrap: wrap; gap: 12px 40px; }
-  .strip, .trio { width: auto; }
+  .strip, .trio { width: auto; margin-top: 10px; }
   .strip td, .trio td { border-bottom: 0; padding: 2px 8px 2px 0; font-size: 13px; }
   .strip td { padding: 4px; }
   .strip .drawn { background: #fbe3c8; }
