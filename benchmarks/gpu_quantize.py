@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from record import Result, make_result, save
 from torch import Tensor
 
 from rollmill.quant import FP8, NVFP4, WeightShape, numerics
+from rollmill.quant.gpu.convert import RowOrder, convert_fp8, convert_nvfp4
+from rollmill.quant.gpu.quantize import TILE_ROWS, quantize_fp8, quantize_nvfp4
 from rollmill.quant.layout import gated_reorder_index, gather_rows, shuffle_rows_index, swizzle_scales
-from rollmill.quant.triton.convert import RowOrder, convert_fp8, convert_nvfp4
-from rollmill.quant.triton.quantize import quantize_fp8, quantize_nvfp4
 
 DEVICE = "cuda"
 LAYERS, EXPERTS, HIDDEN, INNER = 48, 128, 2048, 768  # Qwen3-30B-A3B
@@ -88,8 +88,8 @@ def check_quantizers() -> None:
             assert equal(numerics.decode_e2m1(codes) + 0.0, values.flatten(-2) + 0.0), (rows, cols, static)
             assert equal(scales, block.to(torch.float8_e4m3fn)), (rows, cols, static)
             assert static is not None or equal(token, encode.reciprocal()[:, 0])
-            for layout, tile in (("128x4", 128), ("8x4", 8)):
-                assert equal(quantize_nvfp4(x, static, layout)[1], swizzle_scales(scales, tile))
+            for layout in ("128x4", "8x4"):
+                assert equal(quantize_nvfp4(x, static, layout)[1], swizzle_scales(scales, TILE_ROWS[layout]))
             scale = numerics.decode_scale(amax, 448.0) if static is None else static
             got, got_scale = quantize_fp8(x, static)
             assert equal(got, numerics.quantize_fp8_activation(x, scale)), (rows, cols, static)
@@ -141,16 +141,16 @@ def check_packed(w: Tensor, stored: dict[str, Tensor]) -> None:
         assert equal(swizzled, swizzle_scales(gather_rows(stored["weight_scale"], index)))
 
 
-def nvfp4_buffers(w: Tensor) -> list[Tensor]:
+def nvfp4_buffers(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     units, rows, cols = w.shape
-    return [
+    return (
         torch.empty(units, rows, cols // 2, dtype=torch.uint8, device=DEVICE),
         torch.empty(units, rows, cols // 16, dtype=torch.float8_e4m3fn, device=DEVICE),
         torch.empty(units, device=DEVICE),
-    ]
+    )
 
 
-def poison(buffers: list[Tensor]) -> None:
+def poison(buffers: Sequence[Tensor]) -> None:
     for buffer in buffers:
         buffer.view(torch.uint8).fill_(0xAB)
 
@@ -175,6 +175,7 @@ def bench_conversion(copy: float) -> list[Result]:
     weights = sum(w.numel() for w in layer)
     results = []
     for name, out in (("nvfp4", 0.5 + 1 / 16), ("fp8", 1.0), ("fp8_channel", 1.0)):
+        convert: Callable[..., None]
         if name == "nvfp4":
             targets = [nvfp4_buffers(w) for w in layer]
             convert = convert_nvfp4
@@ -186,7 +187,7 @@ def bench_conversion(copy: float) -> list[Result]:
             ]
             convert = convert_fp8
 
-        def whole(targets: list[list[Tensor]] = targets, convert: Callable[..., None] = convert) -> None:
+        def whole(targets: Sequence[Sequence[Tensor]] = targets, convert: Callable[..., None] = convert) -> None:
             for w, target in zip(layer, targets, strict=True):
                 convert(w, *target)
 

@@ -1,16 +1,21 @@
-"""Repairs of Triton 3.6's interpreter, so that kernels compute on a CPU what they compute on a GPU.
+"""Kernels on a CPU: Triton's interpreter, repaired so that it computes what a GPU does.
 
-Its float casts truncate or round ties up; they go through torch here. Its products of BF16 tiles multiply the bits; they
-are widened to float32. Its fused multiply-add rounds twice; here the product is exact. NumPy 2.4 refuses int() of an
-array with one element, which its loops rely on.
+Its float casts (3.6.0) truncate or round ties up; they go through torch here. Its products of BF16 tiles multiply the
+bits; they are widened to float32. Its fused multiply-add rounds twice; here the product is exact. NumPy 2.4 refuses
+int() of an array with one element, which its loops rely on.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 BITS = {8: (np.uint8, torch.uint8), 16: (np.uint16, torch.int16), 32: (np.uint32, torch.int32)}
 FLOATS = {
@@ -61,3 +66,8 @@ def repair_interpreter() -> None:
 
 def _as_torch(data: Any, bits: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(data).view(BITS[bits][0]).astype(BITS[bits][0])).view(BITS[bits][1])
+
+
+if DEVICE == "cpu":
+    repair_interpreter()
+    np.seterr(divide="ignore", invalid="ignore", over="ignore")  # kernels divide by zero and select

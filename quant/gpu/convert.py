@@ -1,9 +1,12 @@
-"""BF16 weights -> stored or packed NVFP4 and FP8, whole stacks of units in one launch, each weight read once from memory.
+"""BF16 weights -> stored or packed NVFP4 and FP8: whole stacks of units in one launch, read once from memory.
 
 Scales need the amax of a whole unit before its first code. The programs of one unit read their rows, tell each other
 the amax, wait, and read the rows again, from the L2. They take units in the order in which they start, and no unit has
 more programs than the GPU has multiprocessors: whoever waits, waits for programs that run.
 """
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# (to a type checker a kernel is the function that Triton compiles, which takes no launch options)
 
 from __future__ import annotations
 
@@ -29,6 +32,9 @@ class RowOrder(Struct, frozen=True):
 
     shuffled: bool = False
     gated: bool = False
+
+
+AS_STORED = RowOrder()
 
 
 @triton.jit
@@ -182,6 +188,7 @@ def _fp8_kernel(
     PER_ROW: tl.constexpr,
 ):
     unit, part = _place(ticket_ptr, PROGRAMS, ONE_LAUNCH)
+    unit_scale = 1.0
     if not PER_ROW:
         amax = _unit_amax(
             w_ptr, unit, part, amax_ptr, count_ptr, num_rows, K, ROWS, STEP, BLOCK_K, PROGRAMS, ONE_LAUNCH
@@ -224,18 +231,16 @@ class Tiling(Struct, frozen=True):
 
 def make_tiling(num_rows: int, K: int, num_multiprocessors: int) -> Tiling:
     """Few rows at a time, so that many programs fit a multiprocessor; no more programs a unit than can all run."""
-    block_k = max(16, triton.next_power_of_2(K))
+    block_k = max(16, _power_of_two(K))
     step = max(1, TILE // block_k)
-    rows = max(step, triton.next_power_of_2(triton.cdiv(num_rows, num_multiprocessors)))
+    rows = max(step, _power_of_two(-(-num_rows // num_multiprocessors)))
     one_launch = rows <= MOST_ROWS
     rows = rows if one_launch else 4 * step
-    return Tiling(
-        rows, step, block_k, triton.cdiv(num_rows, rows), one_launch, max(1, min(16, step * block_k // THREAD_TILE))
-    )
+    return Tiling(rows, step, block_k, -(-num_rows // rows), one_launch, max(1, min(16, step * block_k // THREAD_TILE)))
 
 
 def convert_nvfp4(
-    weight: Tensor, codes: Tensor, scales: Tensor, scale_2: Tensor, order: RowOrder = RowOrder(), tile: int = 0
+    weight: Tensor, codes: Tensor, scales: Tensor, scale_2: Tensor, order: RowOrder = AS_STORED, tile: int = 0
 ) -> None:
     """BF16 [units, N, K] -> codes uint8 [units, N, K / 2], block scales, decode scales float32 [units]; in place.
 
@@ -311,3 +316,26 @@ def _prepare(weight: Tensor, *, needs_amax: bool = True) -> tuple[Tiling, tuple[
             num_warps=tiling.warps,
         )
     return tiling, (ticket, amax, count)
+
+
+def nvfp4_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """BF16 [units, N, K] -> codes uint8 [units, N, K / 2], E4M3 scales [units, N, K / 16], float32 [units]."""
+    units, num_rows, K = weight.shape
+    codes = torch.empty(units, num_rows, K // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(units, num_rows, K // 16, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale_2 = torch.empty(units, device=weight.device)
+    convert_nvfp4(weight.contiguous(), codes, scales, scale_2)
+    return codes, scales, scale_2
+
+
+def fp8_weight(weight: Tensor, *, per_row: bool) -> tuple[Tensor, Tensor]:
+    """BF16 [units, N, K] -> E4M3 codes [units, N, K], decode scales float32 [units], or [units, N]."""
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.empty(weight.shape[: 2 if per_row else 1], device=weight.device)
+    convert_fp8(weight.contiguous(), codes, scale)
+    return codes, scale
+
+
+def _power_of_two(count: int) -> int:
+    """The next one."""
+    return 1 << (count - 1).bit_length()

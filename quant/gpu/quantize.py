@@ -1,5 +1,8 @@
 """Activation quantizers: one pass over x, a program for every few rows."""
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# (to a type checker a kernel is the function that Triton compiles, which takes no launch options)
+
 from __future__ import annotations
 
 from typing import Literal
@@ -90,7 +93,7 @@ def quantize_nvfp4(
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
     rows, block_k, warps = _tiles(K, 1024)
     if num_rows:
-        _nvfp4_kernel[(triton.cdiv(num_rows, rows),)](
+        _nvfp4_kernel[(-(-num_rows // rows),)](
             x,
             token,
             codes.view(torch.int32),
@@ -150,7 +153,7 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, 
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
     rows, block_k, warps = _tiles(K, 512)
     if num_rows:
-        _fp8_kernel[(triton.cdiv(num_rows, rows),)](
+        _fp8_kernel[(-(-num_rows // rows),)](
             x,
             token,
             codes,
@@ -167,6 +170,11 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, 
 
 def _tiles(K: int, thread_tile: int) -> tuple[int, int, int]:
     """Rows a program, columns rounded up to a power of two, warps: 16 elements a thread or more."""
-    block_k = max(16, triton.next_power_of_2(K))
+    block_k = max(16, _power_of_two(K))
     rows = max(1, 2048 // block_k)
     return rows, block_k, min(16, max(1, rows * block_k // thread_tile))
+
+
+def _power_of_two(count: int) -> int:
+    """The next one."""
+    return 1 << (count - 1).bit_length()

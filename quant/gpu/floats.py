@@ -35,7 +35,8 @@ def e2m1_code(x, CLAMP: tl.constexpr):
 def quotient(x, scale, reciprocal):
     """x / scale, rounded once, from reciprocal = 1 / scale rounded once: two fused steps (Markstein, 1990)."""
     guess = x * reciprocal
-    return tl.fma(tl.fma(-guess, scale, x), reciprocal, guess)
+    excess = tl.fma(guess, scale, x * -1.0)  # signs so that -0 stays -0; Triton's unary minus is 0 - x
+    return tl.fma(excess, 0.0 - reciprocal, guess)
 
 
 @triton.jit
