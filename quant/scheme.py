@@ -154,12 +154,31 @@ class FP8(Struct, frozen=True):
         return {"weight_scale": weight_scale, **input_scale_spec(self.activation, shape)}
 
     def quantize(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
+        if weight.is_cuda:
+            return self._quantize_cuda(weight, shape)
         if self.per_channel:
             scale = numerics.decode_scale(row_amax(weight).float(), numerics.E4M3_MAX)
             return {"weight": numerics.quantize_fp8(weight, scale), "weight_scale": scale}
         scale = shard_scale(row_amax(weight), shape, numerics.E4M3_MAX, shared=shape.one_scale)
         codes = numerics.quantize_fp8(weight, shape.per_row(scale), bf16_quotient=True)
         return {"weight": codes, "weight_scale": scale}
+
+    def _quantize_cuda(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
+        """The same bytes from few kernels: a launch for all units and shards, or one a shard."""
+        from .gpu.convert import fp8_weight
+
+        stack = weight.reshape(-1, *weight.shape[-2:])
+        if self.per_channel:
+            codes, scale = fp8_weight(stack, per_row=True)
+        elif shape.one_scale or len(shape.rows) == 1:
+            codes, unit_scale = fp8_weight(stack, per_row=False)
+            scale = unit_scale[:, None].repeat(1, len(shape.rows))
+        else:
+            shards = [fp8_weight(shard, per_row=False) for shard in stack.split(shape.rows, dim=1)]
+            codes = torch.cat([codes for codes, _ in shards], dim=1)
+            scale = torch.stack([scale for _, scale in shards], dim=1)
+        lead = weight.shape[:-2]
+        return {"weight": codes.view(weight.shape), "weight_scale": scale.view(*lead, scale.shape[-1])}
 
     def row_scale(self, stored: Stored, shape: WeightShape) -> Tensor:
         """float32 [..., num_rows]: what an epilogue multiplies the rows of the output with."""
@@ -196,10 +215,24 @@ class NVFP4(Struct, frozen=True):
         return {"weight_scale_2": weight_scale_2, **input_scale_spec(self.activation, shape)}
 
     def quantize(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
+        if weight.is_cuda:
+            return self._quantize_cuda(weight, shape)
         block_amax = numerics.group_amax(weight, GROUP_SIZE)
         scale_2 = shard_scale(block_amax.amax(-1), shape, numerics.NVFP4_MAX, shared=True)
         codes, block_scale = numerics.quantize_nvfp4_weight(weight, block_amax, shape.per_row(scale_2))
         return {"weight": codes, "weight_scale": block_scale, "weight_scale_2": scale_2}
+
+    def _quantize_cuda(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
+        """The same bytes from one launch."""
+        from .gpu.convert import nvfp4_weight
+
+        lead, rows = weight.shape[:-2], weight.shape[-2]
+        codes, block_scale, unit_scale = nvfp4_weight(weight.reshape(-1, *weight.shape[-2:]))
+        return {
+            "weight": codes.view(*lead, rows, -1),
+            "weight_scale": block_scale.view(*lead, rows, -1),
+            "weight_scale_2": unit_scale[:, None].repeat(1, len(shape.rows)).view(*lead, len(shape.rows)),
+        }
 
     def row_scale(self, stored: Stored, shape: WeightShape) -> Tensor:
         """float32 [..., num_rows]: what an epilogue multiplies the rows of the output with."""

@@ -16,6 +16,7 @@ MAY_IMPORT = {
 NEVER_ABSOLUTE = {"rollmill", *MAY_IMPORT}
 NEVER_AT_ALL = {"tests", "benchmarks", "examples"}
 KERNEL_LIBRARIES = {"triton", "flashinfer", "sgl_kernel", "diffusers", "ray"}
+KERNEL_FOLDER = PurePosixPath("quant/gpu")
 ENVIRONMENT_FILE = PurePosixPath("engine/env.py")
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 TYPE_CHECKING = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
@@ -33,10 +34,10 @@ def absolute_imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.module
 
 
-def relative_imports(tree: ast.Module, path: PurePosixPath) -> Iterator[tuple[int, tuple[str, ...] | None]]:
+def relative_imports(nodes: Iterable[ast.AST], path: PurePosixPath) -> Iterator[tuple[int, tuple[str, ...] | None]]:
     """Yields (line, parts of the module below rollmill); None where the dots climb out of rollmill."""
     package = path.parent.parts
-    for node in ast.walk(tree):
+    for node in nodes:
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         if node.level - 1 > len(package):
@@ -59,7 +60,7 @@ def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 def siblings_out_of_order(tree: ast.Module, path: PurePosixPath) -> Found:
     own = path.parts[0]
-    for line, module in relative_imports(tree, path):
+    for line, module in relative_imports(ast.walk(tree), path):
         if module is None:
             yield line, "relative import climbs out of rollmill"
         elif module[0] not in {own, *MAY_IMPORT[own]}:
@@ -77,9 +78,15 @@ def absolute_imports_of_ourselves(tree: ast.Module, path: PurePosixPath) -> Foun
 
 
 def kernel_libraries_at_module_level(tree: ast.Module, path: PurePosixPath) -> Found:
+    """Triton compiles functions of a module that has imported it: those of `quant/gpu`, which nobody else loads."""
+    if path.is_relative_to(KERNEL_FOLDER):
+        return
     for line, name in absolute_imports(run_at_import(tree)):
         if name.partition(".")[0] in KERNEL_LIBRARIES:
             yield line, f"{name} is imported inside functions only"
+    for line, module in relative_imports(run_at_import(tree), path):
+        if module is not None and PurePosixPath(*module).is_relative_to(KERNEL_FOLDER):
+            yield line, f"{'.'.join(module)} is imported inside functions only"
 
 
 def environment_read_elsewhere(tree: ast.Module, path: PurePosixPath) -> Found:
@@ -100,7 +107,7 @@ def environment_read_elsewhere(tree: ast.Module, path: PurePosixPath) -> Found:
 
 def relative_imports_of_nothing(tree: ast.Module, path: PurePosixPath) -> Found:
     """The type checker lets a missing module pass, since kernel libraries are often not installed."""
-    for line, module in relative_imports(tree, path):
+    for line, module in relative_imports(ast.walk(tree), path):
         if module is None:
             continue
         target = ROOT.joinpath(*module)
@@ -136,6 +143,7 @@ def test_folder_has_no(rule: Rule, folder: str):
     ("rule", "path", "source"),
     [
         (siblings_out_of_order, "quant/x.py", "from ..moe import Runner"),
+        (kernel_libraries_at_module_level, "quant/x.py", "from .gpu.convert import fp8_weight"),
         (siblings_out_of_order, "quant/kernels/x.py", "from ...engine.env import Env"),
         (siblings_out_of_order, "moe/x.py", "from .. import weight_sync"),
         (siblings_out_of_order, "moe/__init__.py", "from ..engine import Engine"),

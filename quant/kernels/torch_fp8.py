@@ -85,14 +85,22 @@ class TorchFP8Kernel:
         if not len(x):
             return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
         x = pad_to(x, cols=TILE)
-        scale = fp8_scale(x, self.scheme.activation, packed.get("input_scale"))
-        codes = numerics.quantize_fp8_activation(x, scale)
+        codes, scale = self._quantize(x, packed.get("input_scale"))
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             codes,
             packed["weight"].t(),
-            scale_a=scale * scale.new_ones(len(x), 1),
+            scale_a=scale.view(-1, 1) * scale.new_ones(len(x), 1),
             scale_b=packed["row_scale"],
             out_dtype=torch.bfloat16,
         )
         out = out[:, : self.shape.num_rows].to(self.dtype)
         return out if bias is None else out + bias
+
+    def _quantize(self, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """E4M3 codes and decode scales of x, a scale a row or one for all."""
+        if x.is_cuda and x.dtype == torch.bfloat16 and self.scheme.activation != "per_tensor":
+            from ..gpu.quantize import quantize_fp8
+
+            return quantize_fp8(x.contiguous(), input_scale)
+        scale = fp8_scale(x, self.scheme.activation, input_scale)
+        return numerics.quantize_fp8_activation(x, scale), scale

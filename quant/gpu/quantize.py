@@ -1,0 +1,180 @@
+"""Activation quantizers: one pass over x, a program for every few rows."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# (to a type checker a kernel is the function that Triton compiles, which takes no launch options)
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .floats import (
+    FLOAT_MAX,
+    LEAST_SCALE,
+    NVFP4_RANGE,
+    SIXTH,
+    e2m1_code,
+    pack_codes,
+    quotient,
+    scale_offset,
+)
+
+ScaleLayout = Literal["linear", "128x4", "8x4"]
+TILE_ROWS = {"linear": 0, "128x4": 128, "8x4": 8}
+
+
+@triton.jit
+def _nvfp4_kernel(
+    x_ptr,
+    static_ptr,
+    codes_ptr,
+    scales_ptr,
+    token_ptr,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_K)
+    inside = rows < num_rows
+    start = rows.to(tl.int64) * K
+    mask = inside[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + start[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    blocks = tl.reshape(x, (ROWS, BLOCK_K // 16, 16))
+    block_amax = tl.max(tl.abs(blocks), axis=2)
+    if STATIC:
+        encode = tl.div_rn(1.0, tl.load(static_ptr)) + tl.zeros((ROWS,), tl.float32)
+    else:
+        amax = tl.max(block_amax, axis=1)
+        encode = tl.where(amax > 0, tl.minimum(tl.div_rn(NVFP4_RANGE + amax * 0, amax), FLOAT_MAX), FLOAT_MAX)
+    decode = tl.div_rn(1.0 + encode * 0, encode)
+    if not STATIC:
+        tl.store(token_ptr + rows, decode, mask=inside)
+    scale = tl.minimum(block_amax * (encode * SIXTH)[:, None], 448.0).to(tl.float8e4nv)
+    divisor = scale.to(tl.float32) * decode[:, None]
+    factor = tl.minimum(tl.div_rn(1.0 + divisor * 0, divisor), FLOAT_MAX)
+    factor = tl.where(block_amax == 0, 0.0, factor)
+    codes = e2m1_code(blocks * factor[:, :, None], STATIC)
+    words = pack_codes(tl.reshape(codes, (ROWS, BLOCK_K)), ROWS, BLOCK_K)
+    word = tl.arange(0, BLOCK_K // 8)
+    tl.store(
+        codes_ptr + rows.to(tl.int64)[:, None] * (K // 8) + word[None, :],
+        words,
+        mask=inside[:, None] & (word < K // 8)[None, :],
+    )
+    block = tl.arange(0, BLOCK_K // 16)
+    offset = scale_offset(rows.to(tl.int64)[:, None], block[None, :], K // 16, LAYOUT)
+    tl.store(scales_ptr + offset, scale.to(tl.uint8, bitcast=True), mask=inside[:, None] & (block < K // 16)[None, :])
+
+
+def quantize_nvfp4(
+    x: Tensor, input_scale: Tensor | None = None, layout: ScaleLayout = "linear"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BF16 x [M, K] -> codes uint8 [M, K / 2], block scales E4M3 (in `layout`), decode scale.
+
+    Without `input_scale` (static, float32 scalar) every row has its own decode scale, float32 [M]. FlashInfer's exact
+    recipe: bit-equal to `numerics.quantize_nvfp4_activation`.
+    """
+    num_rows, K = x.shape
+    codes = torch.empty(num_rows, K // 2, dtype=torch.uint8, device=x.device)
+    tile = TILE_ROWS[layout]
+    if tile:  # what pads is zero
+        shape = -(-num_rows // tile) * tile, -(-(K // 16) // 4) * 4
+        scales = torch.zeros(*shape, dtype=torch.uint8, device=x.device)
+    else:
+        scales = torch.empty(num_rows, K // 16, dtype=torch.uint8, device=x.device)
+    token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
+    rows, block_k, warps = _tiles(K, 1024)
+    if num_rows:
+        _nvfp4_kernel[(-(-num_rows // rows),)](
+            x,
+            token,
+            codes.view(torch.int32),
+            scales,
+            token,
+            num_rows,
+            K,
+            ROWS=rows,
+            BLOCK_K=block_k,
+            LAYOUT=tile,
+            STATIC=input_scale is not None,
+            num_warps=warps,
+        )
+    return codes, scales.view(torch.float8_e4m3fn), token
+
+
+@triton.jit
+def _fp8_kernel(
+    x_ptr,
+    static_ptr,
+    codes_ptr,
+    token_ptr,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_K)
+    inside = rows < num_rows
+    offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    mask = inside[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if STATIC:
+        scale = tl.load(static_ptr) + tl.zeros((ROWS,), tl.float32)
+    else:
+        amax = tl.max(tl.abs(x), axis=1)
+        scale = tl.div_rn(amax, 448.0 + amax * 0)
+        scale = tl.where(scale > 0, scale, 1.0)
+        tl.store(token_ptr + rows, scale, mask=inside)
+    if tl.min(scale, axis=0) >= LEAST_SCALE:
+        values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
+    else:
+        values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    values = tl.minimum(tl.maximum(values, -448.0), 448.0)
+    tl.store(codes_ptr + offset, values.to(tl.float8e4nv), mask=mask)
+
+
+def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """BF16 x [M, K] -> E4M3 codes [M, K], decode scale (float32 [M], or the static scalar).
+
+    Bit-equal to `numerics.quantize_fp8_activation`.
+    """
+    num_rows, K = x.shape
+    codes = torch.empty(num_rows, K, dtype=torch.float8_e4m3fn, device=x.device)
+    token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
+    rows, block_k, warps = _tiles(K, 512)
+    if num_rows:
+        _fp8_kernel[(-(-num_rows // rows),)](
+            x,
+            token,
+            codes,
+            token,
+            num_rows,
+            K,
+            ROWS=rows,
+            BLOCK_K=block_k,
+            STATIC=input_scale is not None,
+            num_warps=warps,
+        )
+    return codes, token
+
+
+def _tiles(K: int, thread_tile: int) -> tuple[int, int, int]:
+    """Rows a program, columns rounded up to a power of two, warps: 16 elements a thread or more."""
+    block_k = max(16, _power_of_two(K))
+    rows = max(1, 2048 // block_k)
+    return rows, block_k, min(16, max(1, rows * block_k // thread_tile))
+
+
+def _power_of_two(count: int) -> int:
+    """The next one."""
+    return 1 << (count - 1).bit_length()

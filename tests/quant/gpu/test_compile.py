@@ -1,0 +1,36 @@
+"""Kernels compile ahead of time for Hopper and Blackwell, without spills and within shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+SCRIPT = Path(__file__).parent / "compile_kernels.py"
+ARCHITECTURES = (90, 100, 103, 120)
+SHARED = {90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *map(str, ARCHITECTURES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ["quantize_nvfp4", "quantize_fp8", "convert_nvfp4", "convert_fp8"])
+def test_compiles_without_spills(compiled: dict[str, dict[str, Any]], kernel: str, sm: int):
+    needs = compiled[f"{kernel} sm{sm}"]
+    assert needs["STACK"] == needs["LOCAL"] == 0
+    assert needs["REG"] <= 255
+    assert needs["shared"] <= SHARED[sm]

@@ -1,0 +1,106 @@
+"""Weight conversion: bit-equal to the schemes' own quantizers, in stored and in packed layouts, in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollmill.quant import FP8, NVFP4, WeightShape
+from rollmill.quant.layout import gated_reorder_index, gather_rows, shuffle_rows_index, swizzle_scales
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from rollmill.quant.gpu import convert  # noqa: E402 (after the conftest's set-up)
+from rollmill.quant.gpu.convert import RowOrder, convert_fp8, convert_nvfp4  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STACKS = [(2, 32, 64), (3, 40, 48), (1, 8, 2048)]
+
+
+def weights(units: int, rows: int, cols: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(units + rows + cols)
+    w = (torch.randn(units, rows, cols, generator=generator) * 0.02).bfloat16()
+    w[0, 0] = 0
+    w[0, 1, :16] = -0.0
+    w[-1, 2] *= 1e-6
+    return w
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.cpu().contiguous().view(torch.uint8), b.cpu().contiguous().view(torch.uint8))
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((*shape, dtype.itemsize), 0xAB, dtype=torch.uint8, device=DEVICE).view(dtype)[..., 0]
+
+
+def nvfp4_buffers(units: int, rows: int, cols: int) -> list[torch.Tensor]:
+    return [
+        poisoned(units, rows, cols // 2, dtype=torch.uint8),
+        poisoned(units, rows, cols // 16, dtype=torch.float8_e4m3fn),
+        poisoned(units, dtype=torch.float32),
+    ]
+
+
+@pytest.fixture(params=["one launch", "two launches"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Units whose programs wait for each other (one a unit in the interpreter, which runs them in turn), or not."""
+    if request.param == "one launch":
+        monkeypatch.setattr(convert, "MOST_ROWS", 1 << 20)
+    else:
+        monkeypatch.setattr(convert, "MOST_ROWS", 0)
+    return request.param
+
+
+@pytest.mark.parametrize(("units", "rows", "cols"), STACKS)
+def test_nvfp4_equals_the_scheme(units: int, rows: int, cols: int, launches: str):
+    w = weights(units, rows, cols)
+    stored = NVFP4().quantize(w, WeightShape((rows,), cols, units=units))
+    buffers = nvfp4_buffers(units, rows, cols)
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    for _ in range(2):
+        convert_nvfp4(w.to(DEVICE), *buffers)
+        assert same_bits(buffers[0], stored["weight"])
+        assert same_bits(buffers[1], stored["weight_scale"])
+        assert same_bits(buffers[2], stored["weight_scale_2"][:, 0])
+    assert [buffer.data_ptr() for buffer in buffers] == addresses
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["shuffled", "gated and shuffled"])
+def test_packed_rows_and_scales_lie_as_trtllm_wants(gated: bool):
+    units, rows, cols = 2, 128, 96
+    w = weights(units, rows, cols)
+    stored = NVFP4().quantize(w, WeightShape((rows,), cols, units=units))
+    index = shuffle_rows_index(rows)
+    index = gated_reorder_index(rows)[index] if gated else index
+    codes, _, scale_2 = nvfp4_buffers(units, rows, cols)
+    scales = torch.zeros(units, rows, 8, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    convert_nvfp4(w.to(DEVICE), codes, scales, scale_2, RowOrder(shuffled=True, gated=gated), tile=128)
+    assert same_bits(codes, gather_rows(stored["weight"], index))
+    assert same_bits(scales, swizzle_scales(gather_rows(stored["weight_scale"], index)))
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["per tensor", "per channel"])
+@pytest.mark.parametrize(("units", "rows", "cols"), STACKS)
+def test_fp8_equals_the_scheme(units: int, rows: int, cols: int, per_row: bool, launches: str):
+    w = weights(units, rows, cols)
+    stored = FP8(per_channel=per_row).quantize(w, WeightShape((rows,), cols, units=units))
+    codes = poisoned(units, rows, cols, dtype=torch.float8_e4m3fn)
+    scale = poisoned(*((units, rows) if per_row else (units,)), dtype=torch.float32)
+    convert_fp8(w.to(DEVICE), codes, scale)
+    assert same_bits(codes, stored["weight"])
+    assert same_bits(scale.flatten(), stored["weight_scale"].flatten())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [WeightShape((96, 32, 32), 64), WeightShape((64, 64), 48, units=3, one_scale=True)])
+@pytest.mark.parametrize("scheme", [FP8(), FP8(per_channel=True), NVFP4()], ids=["fp8", "fp8_channel", "nvfp4"])
+def test_schemes_store_the_same_bytes_on_a_gpu(scheme: FP8 | NVFP4, shape: WeightShape):
+    if DEVICE == "cpu":
+        pytest.skip("torch sees no GPU")
+    w = torch.randn(shape.matrix).bfloat16()
+    on_cpu, on_gpu = scheme.quantize(w, shape), scheme.quantize(w.to(DEVICE), shape)
+    assert on_cpu.keys() == on_gpu.keys()
+    for key, value in on_cpu.items():
+        assert on_gpu[key].shape == value.shape
+        assert same_bits(on_gpu[key], value), key
