@@ -67,7 +67,7 @@ class DiffusionEngine(Engine):
     def _sync_plan(self) -> SyncPlan:
         slots = [slot for transformer in self.transformers.values() for slot in transformer.slots]
         twins = {slot: twin for transformer in self.transformers.values() for slot, twin in transformer.twins.items()}
-        return SyncPlan(slots, twins=twins)
+        return SyncPlan(slots, twins=twins, components=tuple(self.transformers))
 
     def _all_tensors(self) -> Source:
         stored = self.checkpoint.transformers
