@@ -46,10 +46,13 @@ class DiffusionCheckpoint:
         """diffusers' pipeline with text encoders, VAE and scheduler, the transformers `replaced`; None without one."""
         if self.folder is None:
             return None
+        import diffusers
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+        # The base class overlooks optional components (Wan's transformers): it would load them from the folder.
+        kind: Any = getattr(diffusers, str(self.model_index.get("_class_name")), DiffusionPipeline)
         try:
-            return DiffusionPipeline.from_pretrained(self.folder, **replaced)
+            return kind.from_pretrained(self.folder, **replaced)
         except Exception as error:  # diffusers and transformers raise many types; all mean a broken pipeline
             raise ModelError(f"{self.folder}: diffusers cannot open the pipeline: {error}") from error
 

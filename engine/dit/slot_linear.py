@@ -56,6 +56,10 @@ class SlotLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.weight = LookedAt.make(name, (self.out_features, self.in_features), dtype, device, read)
 
+    @property
+    def quantized(self) -> bool:
+        return self.weight.read is None
+
     def forward(self, x: Tensor) -> Tensor:
         apply = self.ways.get(self.switch.now) or self.ways["quantized"]
         if self.per_sample and x.ndim > 1:

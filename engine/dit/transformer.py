@@ -50,6 +50,15 @@ class Transformer:
         self._bind_rest()
         self._check_refused()
 
+    def unquantized_modules(self) -> list[str]:
+        """Linears and convolutions that are served as they are, by the names that the model gives them."""
+        convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+        return [
+            path
+            for path, module in self.module.named_modules()
+            if (isinstance(module, SlotLinear) and not module.quantized) or isinstance(module, convolutions | nn.Linear)
+        ]
+
     def _alike(self, group: Sequence[str]) -> list[Sequence[str]]:
         """The group whole, or one by one where its members are stored unequally."""
         quants = {self.resolver.plan.quant_of([module]) for module in group}
