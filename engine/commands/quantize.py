@@ -51,6 +51,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help='texts: a text file, or .jsonl with "text" or "messages"; of a diffusion model a safetensors file with '
         "prompt_embeds [n, tokens, dim] and, as the model reads them, pooled_prompt_embeds [n, dim]",
     )
+    parser.add_argument("--base", metavar="MODEL", help="diffusion models: brings what a file of weights lacks")
     language = parser.add_argument_group("calibration of language models")
     language.add_argument("--tokens-per-sequence", type=int, help="default: 512")
     language.add_argument("--sequences", type=int, help="at most so many; default: 64")
@@ -89,7 +90,7 @@ def _quantize(arguments: argparse.Namespace, show: ShowProgress) -> ExportReport
     to: dict[str, Any] = {"out": arguments.out, "quant": arguments.quant, "keep": arguments.keep}
     to |= {"device": arguments.device, "progress": show}
     if not is_diffusers(arguments.model):
-        refuse_options(arguments, DIFFUSION, "language model")
+        refuse_options(arguments, (*DIFFUSION, "base"), "language model")
         chosen = without_none(**{name: getattr(arguments, name) for name in LANGUAGE})
         return quantize_checkpoint(arguments.model, texts=arguments.calibrate, **to, **chosen)
     refuse_options(arguments, LANGUAGE, "diffusion model")
@@ -97,7 +98,8 @@ def _quantize(arguments: argparse.Namespace, show: ShowProgress) -> ExportReport
     if chosen and arguments.calibrate is None:
         raise ConfigError(f"{', '.join(chosen)} say how to calibrate: give --calibrate")
     params = DiffusionParams(**{"steps": CALIBRATION_STEPS, **chosen})
-    return quantize_diffusion(arguments.model, embeds=arguments.calibrate, params=params, **to)
+    to |= {"embeds": arguments.calibrate, "params": params, "base": arguments.base}
+    return quantize_diffusion(arguments.model, **to)
 
 
 def _print(report: ExportReport) -> None:

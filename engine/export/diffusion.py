@@ -44,6 +44,7 @@ def quantize_diffusion(
     keep: Sequence[str] | None = None,
     embeds: str | Path | None = None,
     params: DiffusionParams | None = None,
+    base: str | None = None,
     device: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = lambda phase, done, total: None,
@@ -54,17 +55,19 @@ def quantize_diffusion(
     The bytes are those of `EngineConfig(quant=quant, keep=keep)` over the same weights; `keep` None: the family's. With
     `embeds` (a safetensors file, see `read_embeds`) the BF16 engine denoises one sample a prompt as `params` say, and
     every quantized module gets `input_scale` = amax / 448 (FP8) or amax / 2688 (NVFP4) of its inputs. Without, no
-    `input_scale` is written and activations are quantized per token. `out` appears once its last byte is written.
+    `input_scale` is written and activations are quantized per token. `base`: the pipeline or transformer that brings
+    what a file of weights lacks (`EngineConfig.base`). `out` appears once its last byte is written.
     """
     start, out = time.perf_counter(), Path(out)
     check_empty(out)
-    checkpoint = DiffusionCheckpoint(path, EngineConfig())
+    source = EngineConfig(quant="bf16", base=base, device=device)
+    checkpoint = DiffusionCheckpoint(path, source)
     exports = [_Export(name, stored, quant, keep) for name, stored in checkpoint.transformers.items()]
     calibration = None
     if embeds is not None:
         wanted = {module for export in exports for module in export.modules}
         chosen: DiffusionParams = DiffusionParams(steps=CALIBRATION_STEPS) if params is None else params
-        calibration = calibrate_diffusion(path, Path(embeds), chosen, wanted, device=device, progress=progress)
+        calibration = calibrate_diffusion(path, source, Path(embeds), chosen, wanted, progress)
     with building(out) as folder:
         for export in exports:
             place = folder / export.name if _is_pipeline(checkpoint) else folder

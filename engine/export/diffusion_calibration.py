@@ -25,19 +25,19 @@ class DiffusionCalibration:
 
 def calibrate_diffusion(
     path: str | Path,
+    config: EngineConfig,
     embeds: Path,
     params: DiffusionParams,
     modules: Collection[str],
-    *,
-    device: str,
     progress: Progress,
 ) -> DiffusionCalibration:
-    """Denoise one sample of every prompt in BF16, recording what enters `modules`; `tokens` counts prompts' tokens.
+    """Denoise one sample of every prompt as `config` and `params` say, recording what enters `modules`; `tokens` counts
+    those of the prompts.
 
     Raises `ModelError` if one of them was never reached: Wan 2.2's second transformer needs steps of low noise.
     """
     prompts = read_embeds(embeds)
-    with DiffusionEngine(path, EngineConfig(quant="bf16", device=device)) as engine:
+    with DiffusionEngine(path, config) as engine:
         meters: dict[str, AmaxMeter] = {}
         for slot in engine._slots:
             if slot.shape.cols is not None:

@@ -286,3 +286,23 @@ def test_as_a_table(dit, embeds_file, tmp_path, capsys, monkeypatch):
     size = ["--steps", "2", "--height", "64", "--width", "64"]
     assert main([*command, *size, "--out", str(tmp_path / "out")]) == 0
     assert "static, calibrated on 2 samples, 10 tokens of prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["transformer", "pipeline"])
+def test_a_file_of_weights_and_its_base(base, quantize, dit, pipeline_folder, embeds_file, tensors_of, tmp_path):
+    """The file brings the weights, the base everything else."""
+    pipeline = pipeline_folder("flux")
+    place, model = (
+        (pipeline / "transformer", pipeline) if base == "pipeline" else (dit("flux1-bf16"), dit("flux1-bf16"))
+    )
+    shutil.copy(place / FILE, tmp_path / "weights.safetensors")
+    sizes = {"dim": 48, "pooled": 32} if base == "pipeline" else {}
+    calibrate = ["--calibrate", embeds_file(**sizes), "--steps", 2, "--height", 64, "--width", 64]
+    command = ["--base", model, "--quant", "fp8", *calibrate, "--out", tmp_path / "out"]
+    quantize(tmp_path / "weights.safetensors", *command)
+    out = tmp_path / "out" / ("transformer" if base == "pipeline" else "")
+    quantize_diffusion(place, tmp_path / "expected", "fp8")
+    written, expected = tensors_of(out), tensors_of(tmp_path / "expected")
+    assert {name for name in written if not name.endswith("input_scale")} == expected.keys()
+    assert all(raw(written[name]) == raw(expected[name]) for name in expected)
+    assert (tmp_path / "out" / "vae").is_dir() == (base == "pipeline")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from rollmill.engine import ConfigError, CoverageError, ShapeError
+from rollmill.engine import ConfigError, CoverageError, ShapeError, UnsupportedError
 
 ALPHA, RANK = 8.0, 4
 MODULES = {
@@ -148,3 +149,33 @@ def test_without_a_master(dit, open_engine, adapter, model):
     engine = open_engine(dit(model), quant="fp8")
     with pytest.raises(ConfigError, match="master='host'"):
         engine.update_lora(named(adapter), alpha=ALPHA, rank=RANK)
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_a_file_as_diffusers_saves_it(place, model, dit, open_engine, adapter, tmp_path):
+    pipeline = getattr(diffusers, {"flux1": "FluxPipeline", "wan": "WanPipeline"}[model])
+    config = {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA", "bias": "none", "target_modules": ["to_q"]}
+    layers = {name: value.contiguous() for name, value in named(adapter, "").items()}
+    pipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=config)
+    source = tmp_path if place == "folder" else tmp_path / "pytorch_lora_weights.safetensors"
+    engine = open_engine(dit(model), quant="nvfp4", master="host")
+    digest = engine.update_lora(source, version="1").digest
+    assert engine.update_lora(named(adapter), alpha=ALPHA, rank=RANK, version="2").digest == digest
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "says"),
+    [
+        (None, ConfigError, "rank"),
+        ({"transformer.r": RANK, "transformer.use_dora": True}, UnsupportedError, "DoRA"),
+        ({"transformer.r": RANK, "text_encoder.r": RANK}, UnsupportedError, "one component"),
+    ],
+)
+def test_a_file_without_a_config_or_with_another_one(config, error, says, model, dit, open_engine, adapter, tmp_path):
+    metadata = None if config is None else {"lora_adapter_metadata": json.dumps(config)}
+    save_file(named(adapter), tmp_path / "pytorch_lora_weights.safetensors", metadata)
+    engine = open_engine(dit(model), quant="nvfp4", master="host")
+    with pytest.raises(error, match=says):
+        engine.update_lora(tmp_path, version="1")
+    if config is None:
+        assert engine.update_lora(tmp_path, alpha=ALPHA, rank=RANK, version="1").version == "1"
