@@ -15,7 +15,8 @@ COMPONENTS = ("transformer", "transformer_2")  # of Wan 2.2: high noise, low noi
 
 
 class DiffusionCheckpoint:
-    """A folder of a diffusers pipeline, of one transformer, or a file of transformer weights.
+    """A folder of a diffusers pipeline (or of its transformers alone), of one transformer, or a file of transformer
+    weights.
 
     `transformers`: component name -> config, scheme plan and stored tensors. `folder`: where the pipeline lies.
     """
@@ -26,7 +27,7 @@ class DiffusionCheckpoint:
         pipeline = [place for place in (found, self.base) if place is not None and _is_pipeline(place)]
         self.folder = pipeline[0] if pipeline else None
         self.transformers: dict[str, StoredTransformer] = {}
-        if _is_pipeline(found):
+        if _is_pipeline(found) or _holds_transformers(found):
             for name in COMPONENTS:
                 if (found / name).is_dir():
                     self.transformers[name] = open_transformer(found / name, config.layout)
@@ -59,6 +60,12 @@ class DiffusionCheckpoint:
     @property
     def model_index(self) -> Mapping[str, Any]:
         return {} if self.folder is None else read_json(self.folder / "model_index.json")
+
+
+def _holds_transformers(place: Path) -> bool:
+    """A pipeline's folder of which only the transformers are there."""
+    alone = (place / "config.json").is_file()
+    return not alone and any((place / name / "config.json").is_file() for name in COMPONENTS)
 
 
 def _is_pipeline(place: Path) -> bool:

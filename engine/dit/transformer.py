@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...quant import Capability, ModelError, Plain, Scheme, SiblingLinears, UnsupportedError, WeightSlot
+from ...quant import Capability, ModelError, Plain, Scheme, SiblingLinears, UnsupportedError, WeightShape, WeightSlot
 from ...quant.linear import plain_slot
 from ..schemes import SchemeResolver
 from .groups import is_linear, sibling_linears
@@ -81,10 +81,11 @@ class Transformer:
         if not quantized:
             scheme = self._plain(modules[0])
         try:
-            served = self._siblings(modules, linears, scheme, fused)
-        except UnsupportedError as error:
+            scheme.matrices(WeightShape((1,), linears[0].in_features))
+        except UnsupportedError as error:  # told of all such modules together
             self._refused |= dict.fromkeys(modules, str(error).splitlines()[0])
             return
+        served = self._siblings(modules, linears, scheme, fused)
         self.slots.append(served.slot)
         twin = None
         if self.dual and quantized:
@@ -92,16 +93,11 @@ class Transformer:
             self.twins[served.slot] = twin.slot
         biases = self._biases(modules, linears, fused)
         for shard, (module, linear) in enumerate(zip(modules, linears, strict=True)):
-            ways: dict[str, Apply] = {"quantized": _bound(served.apply, shard)}
-            if quantized:
-                ways["weight_only"] = _bound(served.apply_weight_only, shard)
-            if twin is not None:
-                ways["bf16"] = _bound(twin.apply, shard)
             dtype = self._dtype_of(module)
             replaced = SlotLinear(
                 module,
                 linear,
-                ways,
+                _ways(served, twin, shard),
                 self.switch,
                 biases[shard],
                 dtype=dtype,
@@ -125,17 +121,20 @@ class Transformer:
     ) -> SiblingLinears:
         parent, _, first = modules[0].rpartition(".")
         leaves = "+".join([first, *(module.rpartition(".")[2] for module in modules[1:])])
-        return SiblingLinears(
-            self._full(f"{parent}.{leaves}" if parent else leaves) + suffix,
-            [self._full(module) for module in modules],
-            [linear.out_features for linear in linears],
-            linears[0].in_features,
-            scheme,
-            capability=self.capability,
-            dtype=self._dtype_of(modules[0]),
-            kernel=self.linear_kernel,
-            fused=[] if fused is None else [self._full(fused)],
-        )
+        try:
+            return SiblingLinears(
+                self._full(f"{parent}.{leaves}" if parent else leaves) + suffix,
+                [self._full(module) for module in modules],
+                [linear.out_features for linear in linears],
+                linears[0].in_features,
+                scheme,
+                capability=self.capability,
+                dtype=self._dtype_of(modules[0]),
+                kernel=self.linear_kernel,
+                fused=[] if fused is None else [self._full(fused)],
+            )
+        except UnsupportedError as error:  # of the kernel
+            raise UnsupportedError(f"{modules[0]}: {str(error).splitlines()[0]}", error.reasons) from error
 
     def _bind_rest(self) -> None:
         """Every other parameter and persistent buffer becomes a view of a slot; its module never notices."""
@@ -202,6 +201,16 @@ class Transformer:
 
     def _full(self, name: str) -> str:
         return f"{self.name}.{name}"
+
+
+def _ways(served: SiblingLinears, twin: SiblingLinears | None, shard: int) -> dict[str, Apply]:
+    """Precision -> how to compute one sibling."""
+    ways: dict[str, Apply] = {"quantized": _bound(served.apply, shard)}
+    if not isinstance(served.scheme, Plain):
+        ways["weight_only"] = _bound(served.apply_weight_only, shard)
+    if twin is not None:
+        ways["bf16"] = _bound(twin.apply, shard)
+    return ways
 
 
 def _bound(apply: Callable[[int, Tensor, Tensor | None], Tensor], shard: int) -> Apply:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ...weight_sync import CoverageError, ShapeError, SyncPlan
 from ...weight_sync.pairs import split
 from ...weight_sync.session import names_of
 from ...weight_sync.staging import check_finite
+from ..checkpoint import locate
 from ..config import EngineConfig
 from ..dit.checkpoint import DiffusionCheckpoint
 from ..dit.families import default_keep
@@ -68,13 +69,14 @@ def quantize_diffusion(
         wanted = {module for export in exports for module in export.modules}
         chosen: DiffusionParams = DiffusionParams(steps=CALIBRATION_STEPS) if params is None else params
         calibration = calibrate_diffusion(path, source, Path(embeds), chosen, wanted, progress)
+    nested = any((locate(path) / name).is_dir() for name in checkpoint.transformers) or checkpoint.folder is not None
     with building(out) as folder:
         for export in exports:
-            place = folder / export.name if _is_pipeline(checkpoint) else folder
+            place = folder / export.name if nested else folder
             place.mkdir(exist_ok=True)
             export.write(place, calibration, max_shard_bytes, progress)
-        if _is_pipeline(checkpoint):
-            _copy_rest(checkpoint, folder)
+        if checkpoint.folder is not None:
+            _copy_rest(checkpoint.folder, checkpoint.transformers, folder)
     return ExportReport(
         folder=str(out),
         quant=quant,
@@ -191,15 +193,10 @@ def _checked(name: str, value: Tensor, slot: WeightSlot, shard: int) -> Tensor:
     return copied
 
 
-def _is_pipeline(checkpoint: DiffusionCheckpoint) -> bool:
-    return checkpoint.folder is not None
-
-
-def _copy_rest(checkpoint: DiffusionCheckpoint, folder: Path) -> None:
+def _copy_rest(pipeline: Path, written: Collection[str], folder: Path) -> None:
     """The other components and model_index.json, as they are."""
-    assert checkpoint.folder is not None
-    for item in sorted(checkpoint.folder.iterdir()):
-        if item.name in checkpoint.transformers or item.name.startswith("."):
+    for item in sorted(pipeline.iterdir()):
+        if item.name in written or item.name.startswith("."):
             continue
         copy = shutil.copytree if item.is_dir() else shutil.copyfile
         copy(item, folder / item.name)

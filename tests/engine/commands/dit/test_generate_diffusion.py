@@ -73,12 +73,14 @@ def test_a_video_is_numbered_frames(generate, pipeline_folder, tmp_path):
     assert all(Image.open(file).size == (48, 32) for file in rows[0]["files"])
 
 
+@pytest.mark.parametrize("part", ["folder", "transformer"])
 @pytest.mark.parametrize("name", ["flux1-bf16", "flux1-fp8", "flux1-nvfp4", "wan-bf16", "wan-fp8", "wan-nvfp4"])
-def test_every_fixture_without_a_flag(name, generate, dit, embeds_file, tmp_path):
+def test_every_fixture_without_a_flag(name, part, generate, dit, embeds_file, tmp_path):
+    model = dit(name) if part == "transformer" else dit(name).parent
     out = tmp_path / "latents.safetensors"
     embeds = embeds_file(pooled=64 if "flux" in name else None)
     size = ["--height", 64, "--width", 64, "--steps", 2]
-    rows = generate(dit(name), "--embeds", embeds, *size, "--solver", "sde", "--n", 2, "--seed", 3, "-o", out)
+    rows = generate(model, "--embeds", embeds, *size, "--solver", "sde", "--n", 2, "--seed", 3, "-o", out)
     assert [row["prompt"] for row in rows] == [0, 0, 1, 1]
     with safe_open(out, "pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items()}

@@ -306,3 +306,16 @@ def test_a_file_of_weights_and_its_base(base, quantize, dit, pipeline_folder, em
     assert {name for name in written if not name.endswith("input_scale")} == expected.keys()
     assert all(raw(written[name]) == raw(expected[name]) for name in expected)
     assert (tmp_path / "out" / "vae").is_dir() == (base == "pipeline")
+
+
+def test_transformers_without_an_index(quant, pipeline_folder, tmp_path):
+    """A folder of both transformers of Wan 2.2, and nothing else."""
+    for part in ("transformer", "transformer_2"):
+        shutil.copytree(pipeline_folder("wan") / part, tmp_path / "in" / part)
+    quantize_diffusion(tmp_path / "in", tmp_path / "out", quant)
+    assert {item.name for item in (tmp_path / "out").iterdir()} == {"transformer", "transformer_2"}
+    with (
+        DiffusionEngine(tmp_path / "out") as opened,
+        DiffusionEngine(tmp_path / "in", EngineConfig(quant=quant)) as meant,
+    ):
+        assert opened.digest() == meant.digest()

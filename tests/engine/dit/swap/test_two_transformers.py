@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rollmill.engine import ConfigError, CoverageError
+from rollmill.engine.checkpoint import is_diffusers
 
 ALPHA, RANK = 8.0, 4
 MODULE = "blocks.0.attn1.to_q"
@@ -142,3 +143,14 @@ def test_a_sleeping_engine_wakes_with_both_adapters(two_transformers, open_engin
     assert all(
         torch.equal(forward(engine, "wan", name), out) for name, out in zip(engine.transformers, outputs, strict=True)
     )
+
+
+def test_a_folder_of_transformers_without_an_index(two_transformers, open_engine, weights_of):
+    """As a pipeline of which nothing else was kept."""
+    indexed = open_engine(two_transformers, quant="fp8").digest()
+    (two_transformers / "model_index.json").unlink()
+    engine = open_engine(two_transformers, quant="fp8")
+    assert is_diffusers(two_transformers)
+    assert list(engine.transformers) == ["transformer", "transformer_2"]
+    assert engine.digest() == indexed
+    assert engine.pipeline is None

@@ -125,3 +125,10 @@ def test_torchs_own_attention_is_refused_or_kept(tmp_path, open_engine, monkeypa
         attended = model.float().attention(x, x, x)[0]
         torch.testing.assert_close(engine.transformer.attention(x, x, x)[0], attended)
     assert {slot.name for slot in engine._policy.plan.slots if slot.scheme.name == quant} == {"transformer.out"}
+
+
+@pytest.mark.parametrize(("kernel", "says"), [("warp", "known: auto"), ("bf16", "bf16: computes unquantized")])
+def test_a_kernel_that_cannot_names_the_module_and_every_reason(kernel, says, quant, make_model, open_engine):
+    with pytest.raises(UnsupportedError, match=r"(?s)(context_embedder|norm1\.linear): .*" + says) as error:
+        open_engine(make_model("flux1"), quant=quant, linear_kernel=kernel)
+    assert "keep" not in str(error.value), "what is wrong is the kernel, not the module"
