@@ -85,3 +85,16 @@ def test_a_dry_digest_tells_what_a_swap_gives(model, quant, dit, open_engine, ot
     said = engine.digest(weights)
     assert said != engine.digest()
     assert engine.update_weights(weights).digest == said == engine.digest()
+
+
+@pytest.mark.parametrize("activation", ["per_token", "per_tensor"])
+@pytest.mark.parametrize("form", ["fp8_channel", "nvfp4_w4a16", "fp8", "nvfp4"])
+def test_other_formats_and_activations_are_swapped_alike(
+    form, activation, model, dit, open_engine, save, other_weights, snapshot, forward
+):
+    settings = {"quant": form, "activation": None if form == "nvfp4_w4a16" else activation}
+    cold = open_engine(save(model, other_weights(model)), **settings)
+    hot = open_engine(dit(model), **settings)
+    assert hot.update_weights(other_weights(model), version="1").digest == cold.digest()
+    assert snapshot(hot) == snapshot(cold)
+    assert torch.equal(forward(hot, model), forward(cold, model))

@@ -120,3 +120,26 @@ def test_a_persistent_buffer_is_swapped(tmp_path, open_engine):
     engine.wake()
     with pytest.raises(CoverageError, match=r"pos_embed\.pos_embed"):
         engine.update_weights({name: w for name, w in state.items() if name != "pos_embed.pos_embed"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_of_a_model_under_training(dtype, model, quant, dit, open_engine, other_weights, snapshot):
+    """`named_parameters()` with gradients, in float32 too: rounded to BF16 first, as an offline export would."""
+    weights = other_weights(model)
+    trained = diffusers_model(dit(model), weights).train()
+    if dtype == torch.float32:
+        with torch.no_grad():
+            trained = trained.float()
+            for parameter in trained.parameters():
+                parameter.mul_(1 + 2**-11)  # below BF16's resolution, beside it
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    engine, other = (open_engine(dit(model, quant)) for _ in range(2))
+    engine.update_weights(trained.named_parameters(), version="1")
+    wide = {name for name, w in weights.items() if w.dtype == torch.float32}
+    rounded = {
+        name: parameter.detach() if name in wide else parameter.detach().bfloat16()
+        for name, parameter in trained.named_parameters()
+    }
+    assert other.update_weights(rounded, version="1").digest == engine.digest()
+    assert snapshot(engine) == snapshot(other)
+    assert not any(parameter.requires_grad for parameter in engine.transformer.parameters())
