@@ -15,7 +15,8 @@ COMPONENTS = ("transformer", "transformer_2")  # of Wan 2.2: high noise, low noi
 
 
 class DiffusionCheckpoint:
-    """A folder of a diffusers pipeline, of one transformer, or a file of transformer weights.
+    """A folder of a diffusers pipeline (or of its transformers alone), of one transformer, or a file of transformer
+    weights.
 
     `transformers`: component name -> config, scheme plan and stored tensors. `folder`: where the pipeline lies.
     """
@@ -26,7 +27,7 @@ class DiffusionCheckpoint:
         pipeline = [place for place in (found, self.base) if place is not None and _is_pipeline(place)]
         self.folder = pipeline[0] if pipeline else None
         self.transformers: dict[str, StoredTransformer] = {}
-        if _is_pipeline(found):
+        if _is_pipeline(found) or _holds_transformers(found):
             for name in COMPONENTS:
                 if (found / name).is_dir():
                     self.transformers[name] = open_transformer(found / name, config.layout)
@@ -46,16 +47,25 @@ class DiffusionCheckpoint:
         """diffusers' pipeline with text encoders, VAE and scheduler, the transformers `replaced`; None without one."""
         if self.folder is None:
             return None
+        import diffusers
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+        # The base class overlooks optional components (Wan's transformers): it would load them from the folder.
+        kind: Any = getattr(diffusers, str(self.model_index.get("_class_name")), DiffusionPipeline)
         try:
-            return DiffusionPipeline.from_pretrained(self.folder, **replaced)
+            return kind.from_pretrained(self.folder, **replaced)
         except Exception as error:  # diffusers and transformers raise many types; all mean a broken pipeline
             raise ModelError(f"{self.folder}: diffusers cannot open the pipeline: {error}") from error
 
     @property
     def model_index(self) -> Mapping[str, Any]:
         return {} if self.folder is None else read_json(self.folder / "model_index.json")
+
+
+def _holds_transformers(place: Path) -> bool:
+    """A pipeline's folder of which only the transformers are there."""
+    alone = (place / "config.json").is_file()
+    return not alone and any((place / name / "config.json").is_file() for name in COMPONENTS)
 
 
 def _is_pipeline(place: Path) -> bool:

@@ -20,7 +20,7 @@ from ..errors import ConfigError, RequestError
 from ..schemes import SchemeResolver
 from ..step_gate import StepGate
 from .checkpoint import DiffusionCheckpoint
-from .families import FAMILIES, Embeds, Family, find_family
+from .families import Embeds, Family, default_keep, find_family
 from .params import DiffusionParams
 from .rollouts import Call, DiffusionRollouts, Wanted
 from .sample import DiffusionSample, Exploration, Seeds
@@ -44,7 +44,7 @@ class DiffusionEngine(Engine):
         self.transformers: dict[str, Transformer] = {}
         warnings: list[str] = []
         for name, stored in checkpoint.transformers.items():
-            keep = _default_keep(str(stored.config.get("_class_name")))
+            keep = default_keep(str(stored.config.get("_class_name")))
             resolver = SchemeResolver(self.config, stored.plan, stored.tensor_names, toggles, keep)
             self.transformers[name] = Transformer(
                 name,
@@ -67,7 +67,7 @@ class DiffusionEngine(Engine):
     def _sync_plan(self) -> SyncPlan:
         slots = [slot for transformer in self.transformers.values() for slot in transformer.slots]
         twins = {slot: twin for transformer in self.transformers.values() for slot, twin in transformer.twins.items()}
-        return SyncPlan(slots, twins=twins)
+        return SyncPlan(slots, twins=twins, components=tuple(self.transformers))
 
     def _all_tensors(self) -> Source:
         stored = self.checkpoint.transformers
@@ -348,8 +348,3 @@ class DiffusionEngine(Engine):
 
 def _wants_cfg(params: DiffusionParams) -> bool:
     return params.true_cfg_scale is not None and params.true_cfg_scale != 1
-
-
-def _default_keep(transformer: str) -> Sequence[str]:
-    """What stays in BF16 unasked; of a model that has no family, nothing."""
-    return next((family.KEEP for family in FAMILIES if transformer == family.TRANSFORMER), ())
