@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="what a checkpoint holds: schemes, layouts, bytes, scales, kept modules",
         description="Reads configs and file headers only, no tensor. Modules that differ in numbers only share a row.",
     )
-    parser.add_argument("path", help="model folder or hub id")
+    parser.add_argument("path", help="model folder, diffusion pipeline, file of diffusion weights, or hub id")
     parser.add_argument("--json", action="store_true", help="every module by itself")
     parser.set_defaults(run=run)
 
@@ -43,12 +43,12 @@ def _module_table(inventory: Inventory) -> Table:
         table.add_column(name, justify="right" if name in ("x", "bytes") else "left")
     for modules in group_alike(inventory.modules):
         first = modules[0]
-        scales = [key for key in first.tensors if key.endswith(("_scale", "_scale_2"))]
+        scales = [key for key in first.tensors if key.endswith(("_scale", "_scale_2", "_quant"))]
         layout = [f"{key} {layout_of(t)}" for key, t in first.tensors.items() if key in ("weight", "bias")]
         table.add_row(
             name_of_group(modules),
             str(len(modules)),
-            first.scheme,
+            first.scheme if first.packing is None else f"{first.scheme}\n{first.packing}",
             "\n".join(layout),
             "\n".join(f"{key} {layout_of(first.tensors[key])}" for key in scales),
             f"{sum(m.bytes for m in modules):,}",
