@@ -81,7 +81,8 @@ def inspect_checkpoint(path: str | Path) -> Inventory:
     kv_cache = None if plan is None else plan.kv_cache
     warnings += _disagreements(modules, plan)
     files = len(checkpoint.source.files)
-    return _inventory(checkpoint.folder, checkpoint.architectures, plan, kv_cache, files, modules, warnings)
+    said = [_said(plan)]
+    return _inventory(checkpoint.folder, checkpoint.architectures, said, kv_cache, files, modules, warnings)
 
 
 def _inspect_diffusion(place: Path) -> Inventory:
@@ -89,7 +90,8 @@ def _inspect_diffusion(place: Path) -> Inventory:
     architectures: list[str] = []
     modules: list[StoredModule] = []
     warnings: list[str] = []
-    files, said = 0, None
+    said: list[str | None] = []
+    files = 0
     parts = parts_of(place) or {"": place}
     for component, part in parts.items():
         try:
@@ -98,7 +100,8 @@ def _inspect_diffusion(place: Path) -> Inventory:
             warnings.append(f"{part}: {error}")
             listed, paths = _unread(part)
         else:
-            paths, said = found.files.paths, said or found.said
+            paths = found.files.paths
+            said.append(_said(found.said))
             listed = [_layer_module(name, tensors, found) for name, tensors in _group(found.files.tensors.items())]
             warnings += [] if found.said is None else _disagreements(listed, found.said)
             architectures.append(str((find_config(found) or {}).get("_class_name", "unknown model")))
@@ -129,17 +132,17 @@ def _layer_module(name: str, tensors: Mapping[str, StoredTensor], found: FileSum
 def _inventory(
     place: Path,
     architectures: list[str],
-    plan: QuantPlan | None,
+    said: Sequence[str | None],
     kv_cache: str | None,
     files: int,
     modules: list[StoredModule],
     warnings: list[str],
 ) -> Inventory:
-    quantized = plan is not None or any(module.is_quantized for module in modules)
+    quantized = any(said) or any(module.is_quantized for module in modules)
     return Inventory(
         path=str(place),
         architectures=architectures,
-        quant=None if plan is None else "mixed" if plan.layers or plan.patterns else plan.quant,
+        quant=said[0] if len(set(said)) == 1 else "mixed" if said else None,
         kv_cache=kv_cache,
         files=files,
         modules=modules,
@@ -149,6 +152,10 @@ def _inventory(
         bytes=sum(module.bytes for module in modules),
         warnings=warnings,
     )
+
+
+def _said(plan: QuantPlan | None) -> str | None:
+    return None if plan is None else "mixed" if plan.layers or plan.patterns else plan.quant
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, StoredTensor]]:
