@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...quant import ModelError
+from ...weight_sync import Source
 from ..checkpoint import locate, read_json
-from ..config import EngineConfig
+from ..config import EngineConfig, NVFP4Layout
 from .formats import StoredTransformer, config_beside, open_transformer
 
 COMPONENTS = ("transformer", "transformer_2")  # of Wan 2.2: high noise, low noise
@@ -43,6 +44,19 @@ class DiffusionCheckpoint:
         if found is None:
             raise ModelError(f"base={str(self.base)!r} holds no config.json of a diffusers transformer")
         return found
+
+    def open_weights(self, path: str | Path, component: str, layout: NVFP4Layout | None) -> Source:
+        """New weights of this model from a file or folder, as stored tensors; `component` "": of all of them.
+
+        The config is that of the model, where none lies beside the weights.
+        """
+        place = locate(path)
+        parts = parts_of(place) or {component or "transformer": place}
+        wanted = [component] if component else list(parts)
+        if not set(wanted) <= parts.keys():
+            raise ModelError(f"{place} holds {', '.join(parts)}, but no {component}")
+        opened = {n: open_transformer(parts[n], layout, self.transformers[n].config) for n in wanted}
+        return ((f"{name}.{key}", value) for name, one in opened.items() for key, value in one.source)
 
     def pipeline(self, **replaced: Any) -> Any:
         """diffusers' pipeline with text encoders, VAE and scheduler, the transformers `replaced`; None without one."""
