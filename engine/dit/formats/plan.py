@@ -17,7 +17,10 @@ def make_plan(stored: Mapping[str, FileLayer], matrices: Iterable[str], said: Qu
     stored in BF16 stays so, whatever the config says.
     """
     if said is not None and not stored and _names_quantization(said):
-        raise ModelError(f"the config says {said.quant}, but every weight is stored in a float format")
+        raise ModelError(
+            f"the config says {said.quant}, but every weight is stored in a float format; give the quantized file, or "
+            "take quantization_config out and quantize at load: EngineConfig(quant=...)"
+        )
     quants: dict[str, QuantName] = {module: _computed(module, layer, said) for module, layer in stored.items()}
     counts: Counter[QuantName] = Counter(quant for quant in quants.values() if quant != "bf16")
     if not counts:

@@ -179,6 +179,26 @@ def test_comfy_markers_say_high_nibble_and_tiles(without_config, as_layout, writ
     assert_stored(opened, tensors)
 
 
+def test_diffusers_names_behind_comfys_prefix(without_config, as_layout, write_file, recorded, open_float32):
+    """As Comfy stores models whose names diffusers kept."""
+    tensors, _ = without_config
+    file = as_layout(tensors, HIGH_TILES)
+    file |= {f"{module}.comfy_quant": marker(format="nvfp4") for module in packed_names(tensors)}
+    path = write_file({f"model.diffusion_model.{name}": value for name, value in file.items()})
+    engine = open_float32(path, base=str(recorded("flux1-bf16")))
+    assert engine.digest() == open_float32(recorded("flux1-nvfp4")).digest()
+
+
+def test_quantized_files_open_in_bf16(recorded, reader, open_float32):
+    """`quant="bf16"` dequantizes: the recorded truth, rounded."""
+    engine = open_float32(recorded.comfy, quant="bf16")
+    assert engine.info()["quant"] == ["bf16"]
+    name = "transformer.transformer_blocks.0.attn.to_out.0"
+    (slot,) = [s for s in engine._slots if s.modules == ((name,),) and "weight" in s.matrices]
+    truth = recorded.comfy_truth()["double_blocks.0.img_attn.proj.weight"].bfloat16().float()
+    assert reader.relative_error(slot.tensors["0.weight"], truth) < 1e-4  # BF16 of values rounded once or twice
+
+
 def test_markers_may_ask_for_unquantized_activations(without_config, as_layout, write_folder, open_float32):
     tensors, config = without_config
     file = as_layout(tensors, HIGH_TILES)
