@@ -41,11 +41,11 @@ class LayoutCheck(Struct, frozen=True):
 def check_layout(place: Path | str, reference: Path | str, num_layers: int = 3) -> LayoutCheck:
     """Read `num_layers` NVFP4 layers of a file or folder in every way that their shapes admit.
 
-    `reference`: transformer folder or file of the same model's BF16 weights, whatever its names. `ModelError`: nothing
-    is NVFP4, or the reference lacks a layer.
+    `reference`: the same model's BF16 weights (pipeline, transformer folder or file), whatever their names.
+    `ModelError`: nothing is NVFP4, or the reference lacks a layer.
     """
-    known = open_transformer(Path(reference))
-    files = WeightFiles(Path(place))
+    place, known = _transformer_in(place), open_transformer(_transformer_in(reference))
+    files = WeightFiles(place)
     names, prefix = find_names(files.tensors)
     packed = [layer for layer in find_layers(files, prefix).values() if layer.is_nvfp4]
     if not packed:
@@ -54,7 +54,7 @@ def check_layout(place: Path | str, reference: Path | str, num_layers: int = 3) 
     expected = [_reference_weight(known, module) for module in modules]
     scales = possible_scales(packed)
     readings = [
-        _compare(open_transformer(Path(place), layout, known.config), layout, modules, expected)
+        _compare(open_transformer(place, layout, known.config), layout, modules, expected)
         for layout in READINGS
         if layout.scales in scales
     ]
@@ -62,6 +62,12 @@ def check_layout(place: Path | str, reference: Path | str, num_layers: int = 3) 
     best, *others = readings
     clear = best.error < LARGEST_ERROR and all(other.error > SMALLEST_LEAD * best.error for other in others)
     return LayoutCheck(readings, best.layout if clear else None, modules)
+
+
+def _transformer_in(place: Path | str) -> Path:
+    """The first transformer of a pipeline; another place as it is."""
+    inner = Path(place) / "transformer"
+    return inner if inner.is_dir() else Path(place)
 
 
 def _spread(layers: Sequence[FileLayer], count: int) -> list[FileLayer]:

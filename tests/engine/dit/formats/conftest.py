@@ -306,3 +306,26 @@ def layers_metadata():
         return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def native_header():
+    """`native_header(family, tensors)`: the same on the meta device, where scales in tiles keep their shape."""
+
+    def convert(family, tensors):
+        count = [
+            len({n.split(".")[1] for n in tensors if n.startswith(f"{kind}transformer_blocks.")})
+            for kind in ("", "single_")
+        ]
+        out = {}
+        for native, modules in native_parts(family, *count):
+            for leaf in ("weight", "bias", "weight_scale", "weight_scale_2", "input_scale"):
+                parts = [tensors[f"{module}.{leaf}"] for module in modules if f"{module}.{leaf}" in tensors]
+                if parts:
+                    called = "scale" if "_norm" in native.rpartition(".")[2] else leaf
+                    rows = sum(part.shape[0] for part in parts if part.ndim)
+                    shape = (rows, *parts[0].shape[1:]) if parts[0].ndim else ()
+                    out[f"{native}.{called}"] = torch.empty(shape, dtype=parts[0].dtype, device="meta")
+        return out
+
+    return convert

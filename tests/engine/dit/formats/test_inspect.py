@@ -67,6 +67,20 @@ def test_a_comfy_file_in_its_own_names(recorded, capsys, monkeypatch):
     assert modules["txt_in"]["packing"] is None
 
 
+def test_a_layout_is_found_by_comparison(recorded, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["inspect", str(recorded("wan-nvfp4-swizzled")), "--against", str(recorded("wan-bf16").parent)]
+    assert main(command) == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    (fits,) = [row for row in rows if row[3:] == ["yes"]]
+    assert fits[0] == "low nibble first, scales 128x4"
+    assert float(fits[1]) > 0.99
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] == {"nibbles": "low_first", "scales": "128x4"}
+    assert len(found["readings"]) == 4
+
+
 def test_a_pipeline_lists_both_transformers(recorded, tmp_path):
     for component, name in (("transformer", "wan-nvfp4"), ("transformer_2", "wan-fp8")):
         shutil.copytree(recorded(name), tmp_path / component)
