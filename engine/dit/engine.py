@@ -291,7 +291,7 @@ class DiffusionEngine(Engine):
         are two, every name begins with its module.
         """
         self._check_open()
-        return self._policy.update(source, version, self._prefix(module))
+        return self._policy.update(self._opened(source, module), version, self._prefix(module))
 
     def weight_session(self, version: str | None = None, module: str | None = None) -> WeightSession:
         """The same, in buckets: `with engine.weight_session() as session: session.load(bucket)`."""
@@ -301,7 +301,9 @@ class DiffusionEngine(Engine):
     def digest(self, source: Source | None = None, module: str | None = None) -> str:
         """As `Engine.digest`; `source` names the tensors of `module`."""
         self._check_open()
-        return self._policy.digest() if source is None else self._policy.digest_of(source, self._prefix(module))
+        if source is None:
+            return self._policy.digest()
+        return self._policy.digest_of(self._opened(source, module), self._prefix(module))
 
     def update_lora(
         self,
@@ -319,6 +321,13 @@ class DiffusionEngine(Engine):
         """Take the adapter of `module` off: the bytes are those of the base weights again."""
         self._check_open()
         return self._policy.remove_lora(version, self._prefix(module))
+
+    def _opened(self, source: Source, module: str | None) -> Source:
+        """The stored tensors of a path, whatever its names and layout; other sources as they are."""
+        prefix = self._prefix(module)
+        if not isinstance(source, str | Path):
+            return source
+        return self.checkpoint.open_weights(source, prefix.removesuffix("."), self.config.layout)
 
     def _prefix(self, module: str | None) -> str:
         if module is None:

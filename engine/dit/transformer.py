@@ -40,7 +40,7 @@ class Transformer:
         self.capability, self.dtype, self.linear_kernel, self.dual = capability, dtype, linear_kernel, dual
         self.slots: list[WeightSlot] = []
         self.twins: dict[WeightSlot, WeightSlot] = {}
-        self.module = _empty_model(config)
+        self.module = empty_model(config)
         wide = getattr(self.module, "_keep_in_fp32_modules", None) or ()
         self._wide = frozenset([wide] if isinstance(wide, str) else wide)
         self._refused: dict[str, str] = {}  # module -> why it cannot be quantized
@@ -231,7 +231,7 @@ def transformer_class(name: str) -> Any:
     return found
 
 
-def _empty_model(config: Mapping[str, Any]) -> Any:
+def empty_model(config: Mapping[str, Any]) -> Any:
     """The model with parameters on the meta device and buffers in place (tables that are computed, not stored)."""
     from accelerate import init_empty_weights
 
