@@ -48,8 +48,11 @@ class DiffusionCheckpoint:
             return None
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+        absent = {
+            name: None for name, entry in self.model_index.items() if isinstance(entry, list) and entry[:1] == [None]
+        }
         try:
-            return DiffusionPipeline.from_pretrained(self.folder, **replaced)
+            return DiffusionPipeline.from_pretrained(self.folder, **{**absent, **replaced})
         except Exception as error:  # diffusers and transformers raise many types; all mean a broken pipeline
             raise ModelError(f"{self.folder}: diffusers cannot open the pipeline: {error}") from error
 

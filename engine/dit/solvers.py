@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .params import ODE, DanceSDE, FlowCPS, FlowSDE, LogDensity, Solver
 
+BLOCK = 1024  # values that are added up together; few enough for torch to use one thread
+ALMOST_ONE = 1e-5  # float32 shifts miss 1 by an ulp, and UniPC's grid begins 1e-6 below: std would be in the hundreds
+
 
 class Step(Struct, frozen=True):
     """next = x * latent + v * velocity + std * noise."""
@@ -26,7 +29,7 @@ class Step(Struct, frozen=True):
 def make_steps(solver: Solver, sigmas: Sequence[float], drawn: range) -> list[Step]:
     """A step for every interval of `sigmas` [steps + 1]; those in `drawn` have noise, the others follow the ODE."""
     pairs = list(zip(sigmas, sigmas[1:], strict=False))
-    largest = sigmas[1]  # stands for sigma 1, where Flow-GRPO's std would be infinite
+    largest = sigmas[1]  # stands for sigma 1, where Flow-GRPO's std is infinite
     return [
         _noisy(solver, now, then, largest) if i in drawn else _euler(now, then) for i, (now, then) in enumerate(pairs)
     ]
@@ -51,7 +54,7 @@ def _noisy(solver: Solver, sigma: float, following: float, largest: float) -> St
 def _flow_sde(sigma: float, following: float, largest: float, level: float) -> Step:
     """s = level * sqrt(sigma / (1 - sigma)); mean = x (1 + s^2 dt / 2 sigma) + v (1 + s^2 (1 - sigma) / 2 sigma) dt."""
     dt = following - sigma
-    variance = level**2 * sigma / (1 - (largest if sigma == 1 else sigma))
+    variance = level**2 * sigma / (1 - (largest if 1 - sigma < ALMOST_ONE else sigma))
     half = variance / (2 * sigma)
     return Step(1 + half * dt, (1 + half * (1 - sigma)) * dt, math.sqrt(-variance * dt))
 
@@ -72,10 +75,19 @@ def _dance_sde(sigma: float, following: float, eta: float) -> Step:
 
 def log_density(latents: Tensor, mean: Tensor, std: float, kind: LogDensity) -> Tensor:
     """float32 [batch]: the mean over all elements of a sample, latents and mean float32 [batch, ...]."""
-    squares = (latents - mean).square().flatten(1).mean(1)
+    squares = torch.stack([_mean(sample) for sample in (latents - mean).square().flatten(1)])
     if kind == "squared_error":
         return -squares
     return -squares / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """[num_values] -> [], in an order that knows neither the batch nor the number of threads."""
+    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    while len(padded) > 1:
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, len(padded) % 2))
+        padded = padded[0::2] + padded[1::2]
+    return padded[0].sum() / len(values)
 
 
 def draw_noise(seeds: Sequence[int], shape: Sequence[int], step: int | None = None) -> Tensor:

@@ -95,6 +95,14 @@ class Transformer:
             for members in self._alike(group):
                 self._replace(members, fused if len(members) == len(group) else None)
         self._bind_rest()
+        for module in self.module.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                _compute_sample_by_sample(module)
+
+    @property
+    def width(self) -> int:
+        """Of the widest linear's input."""
+        return max(module.in_features for module in self.module.modules() if isinstance(module, SlotLinear))
 
     def _alike(self, group: Sequence[str]) -> list[Sequence[str]]:
         """The group whole, or one by one where its members are stored unequally."""
@@ -175,6 +183,12 @@ class Transformer:
 
     def _full(self, name: str) -> str:
         return f"{self.name}.{name}"
+
+
+def _compute_sample_by_sample(conv: nn.Module) -> None:
+    """Libraries choose a convolution's order of sums by the whole batch: no sample is to notice its company."""
+    forward = conv.forward
+    conv.forward = lambda x: torch.cat([forward(sample[None]) for sample in x])
 
 
 def _bound(apply: Callable[[int, Tensor, Tensor | None], Tensor], shard: int) -> Apply:
