@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,6 @@ from .sample import DiffusionSample, Exploration, Seeds
 from .transformer import PrecisionSwitch, Transformer
 
 Reward = Callable[[Sequence[DiffusionSample]], Sequence[float] | Tensor]
-SEED_STRIDE = 1 << 40  # calls that name no seed are so far apart
 
 
 class DiffusionEngine(Engine):
@@ -65,7 +65,7 @@ class DiffusionEngine(Engine):
         self._pipeline: Any = None
         self._rollouts: DiffusionRollouts | None = None
         self._made = threading.RLock()  # one pipeline and one loop, whichever thread asks first
-        self._calls = itertools.count()
+        self._next_seed = (1 << 31) + random.Random(self.config.seed).randrange(1 << 31)
         self._gate = StepGate()
         self._policy.commit_gate = self._gate.visit
 
@@ -159,9 +159,12 @@ class DiffusionEngine(Engine):
 
     def _wanted(self, params: DiffusionParams, embeds: Sequence[Embeds]) -> list[Wanted]:
         """`params.n` samples of every prompt, with seeds of their own."""
-        base = next(self._calls) * SEED_STRIDE + (self.config.seed << 24)
+        count = len(embeds) * params.n
+        base = self._take_seeds(count)
         init = base if params.init_seed is None else params.init_seed
         step = base if params.step_seed is None else params.step_seed
+        if max(init, step) + count > 1 << 32:
+            raise RequestError(f"{count} seeds from {max(init, step)} on end beyond 2**32 - 1")
         places = [(p, i) for p in range(len(embeds)) for i in range(params.n)]
         return [
             Wanted(
@@ -174,6 +177,14 @@ class DiffusionEngine(Engine):
             )
             for p, i in places
         ]
+
+    def _take_seeds(self, count: int) -> int:
+        """The first of `count` seeds of [2**31, 2**32) that no call has had; engines begin at places of their own."""
+        with self._made:
+            if self._next_seed + count > 1 << 32:
+                self._next_seed = 1 << 31
+            self._next_seed += count
+            return self._next_seed - count
 
     def replay(
         self,

@@ -107,7 +107,8 @@ class DiffusionParams(Settings, frozen=True):
     transformer (None: the same). `sigmas` [steps] in place of the scheduler's own, before its shift. `n` samples of
     every prompt: a group.
     Sample i of prompt p draws its first latent with `init_seed + p * n + i` ("shared": all of a group with
-    `init_seed + p`) and the noise of its steps with `step_seed + ...` likewise; None: seeds that no other call has.
+    `init_seed + p`) and the noise of its steps with `step_seed + ...` likewise, below 2**32 (torch's CPU generator
+    knows no more bits); None: seeds from 2**31 on that no other call of the engine has.
     `precision`: one for all steps, or by part: {"window": "bf16", "first": ("bf16", 2), "rest": "quantized"}; the keys
     "window", "first", "last" (with their number of steps), "rest"; earlier keys of this list win.
     `want`: "latents" (all steps + 1), "latents:window" (those around drawn steps), "latents:final" (which come, too,
@@ -146,8 +147,8 @@ class DiffusionParams(Settings, frozen=True):
             "width >= 1": self.width is None or self.width >= 1,
             "num_frames >= 1": self.num_frames >= 1,
             "sigmas falling, in (0, 1], one a step": self.sigmas is None or self._sigmas_hold(self.sigmas),
-            "init_seed >= 0": self.init_seed is None or 0 <= self.init_seed < 2**62,
-            "step_seed >= 0": self.step_seed is None or 0 <= self.step_seed < 2**62,
+            "0 <= init_seed < 2**32": self.init_seed is None or 0 <= self.init_seed < 2**32,
+            "0 <= step_seed < 2**32": self.step_seed is None or 0 <= self.step_seed < 2**32,
             "training_step >= 0": self.training_step >= 0,
             "true_cfg_scale >= 1": self.true_cfg_scale is None or self.true_cfg_scale >= 1,
             "true_cfg_scale_2 >= 1, with true_cfg_scale above 1": self.true_cfg_scale_2 is None

@@ -19,7 +19,7 @@ from .families import Embeds, Family, Size
 from .params import ODE, DiffusionParams, Solver, step_precisions, window_steps
 from .sample import DiffusionSample, Seeds
 from .schedule import Schedule, make_schedule
-from .solvers import draw_noise, log_density, make_steps
+from .solvers import StepNoise, draw_noise, log_density, make_steps
 from .transformer import Transformer
 
 SHARE = 16384  # elements that torch leaves to one thread; other operators than GELU do so with 32768
@@ -128,12 +128,12 @@ class DiffusionRollouts:
         quant = self.first.resolver.plan.quant
         if name in ("quantized", quant):
             return "quantized"
-        possible = ["quantized", *([quant] if quant != "bf16" else [])]
+        possible = ["quantized", quant]
         if quant != "bf16":
             possible += ["weight_only", *(["bf16"] if self.first.dual else [])]
         if name in possible:
             return name
-        more = "" if self.first.dual else "; for 'bf16' open the engine with EngineConfig(dual='bf16')"
+        more = "" if "bf16" in possible else "; for 'bf16' open the engine with EngineConfig(dual='bf16')"
         raise ConfigError(f"precision {name!r} is not to be had here; possible: {', '.join(possible)}{more}")
 
     @torch.no_grad()
@@ -188,13 +188,14 @@ class DiffusionRollouts:
         params, held = call.params, getattr(torch, call.params.latents_dtype)
         device, shape = self.first.capability.device, self.family.noise_shape(call.size)
         latents = self.family.pack(draw_noise([one.seeds.init for one in batch], shape).to(device)).to(held)
+        step_noise = StepNoise([one.seeds.step for one in batch], shape)
         trajectory = Trajectory(call)
         trajectory.keep(0, latents)
         for i, step in enumerate(make_steps(params.solver, call.schedule.sigmas.tolist(), call.window)):
             velocity = self._velocity(call, i, latents, [one.embeds for one in batch]).float()
             mean = latents.float() * step.x + velocity * step.v
             if i in call.window:
-                noise = self.family.pack(draw_noise([one.seeds.step for one in batch], shape, i).to(device))
+                noise = self.family.pack(step_noise.draw(i).to(device))
                 latents = (mean + noise * step.std).to(held)
                 density = _density(params.solver, latents.float(), mean, step.std)
                 trajectory.drawn(mean, step.std, density)

@@ -36,6 +36,8 @@ def make_schedule(scheduler: Any, params: DiffusionParams, mu: float | None, *, 
         scheduler.set_timesteps(**({} if "sigmas" in options else {"num_inference_steps": params.steps}), **options)
     except ValueError as error:
         raise ModelError(f"{name} lays no grid of {params.steps} steps: {error}") from error
+    if not hasattr(scheduler, "sigmas"):
+        raise ModelError(f"{name} has no sigmas: it is no scheduler for flow matching")
     sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float32).cpu()
     timesteps = torch.as_tensor(scheduler.timesteps, dtype=torch.float32).cpu()
     _check_flow(name, sigmas, timesteps, params.steps)

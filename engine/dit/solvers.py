@@ -90,23 +90,35 @@ def _mean(values: Tensor) -> Tensor:
     return padded[0].sum() / len(values)
 
 
-def draw_noise(seeds: Sequence[int], shape: Sequence[int], step: int | None = None) -> Tensor:
-    """float32 [len(seeds), *shape] of standard normal noise on the host, a generator a sample.
+def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """float32 [len(seeds), *shape] of standard normal noise on the host: the first latents, a generator a sample.
 
-    `step` None: the first latent (as a diffusers pipeline draws it with a CPU generator of this seed in float32);
-    else the noise of that step. torch's CPU generator draws the same on every machine, whatever the engine's device.
+    As a diffusers pipeline draws them with a CPU generator of this seed in float32; torch's CPU generator draws the
+    same on every machine, whatever the engine's device. It knows the low 32 bits of a seed only.
     """
-    return torch.stack([torch.randn(*shape, generator=_generator(seed, step)) for seed in seeds])
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def _generator(seed: int, step: int | None) -> torch.Generator:
-    mixed = seed if step is None else _mix(seed * 0x9E3779B97F4A7C15 + step + 1)
-    return torch.Generator().manual_seed(mixed)
+class StepNoise:
+    """Noise of the steps, a generator a sample: that of step i is the i-th it draws, wherever the window lies."""
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(_scramble(seed)) for seed in seeds]
+        self._shape, self._next = tuple(shape), 0
+
+    def draw(self, step: int) -> Tensor:
+        """float32 [len(seeds), *shape] on the host; steps come in rising order."""
+        assert step >= self._next
+        while True:
+            noise = torch.stack([torch.randn(*self._shape, generator=generator) for generator in self._generators])
+            self._next += 1
+            if self._next > step:
+                return noise
 
 
-def _mix(value: int) -> int:
-    """splitmix64's finalizer, to 63 bits."""
-    value &= (1 << 64) - 1
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & ((1 << 64) - 1)
-    return (value ^ (value >> 31)) >> 1
+def _scramble(seed: int) -> int:
+    """A bijection of 32 bits (MurmurHash3's finalizer): no step draws what a first latent of the same seed draws."""
+    mixed = seed ^ 0x9E3779B9
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return mixed ^ (mixed >> 16)

@@ -29,6 +29,7 @@ class QwenImage:
     LINEAR_SIGMAS: ClassVar[bool] = True
     MASKED: ClassVar[bool] = True
     PIXELS: ClassVar[int] = 1024
+    MAX_TEXT: ClassVar[int] = 512  # as the pipeline's call has it; `encode_prompt` alone would make 1024
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None:
         self.channels, self.vae_scale = config["in_channels"] // 4, vae_scale
@@ -76,7 +77,7 @@ class QwenImage:
         return guided * (with_prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def encode(self, pipeline: Any, prompt: str) -> Embeds:
-        embeds, mask = pipeline.encode_prompt(prompt=[prompt])
+        embeds, mask = pipeline.encode_prompt(prompt=[prompt], max_sequence_length=self.MAX_TEXT)
         return Embeds(embeds[0] if mask is None else embeds[0][mask[0].bool()])
 
     def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:

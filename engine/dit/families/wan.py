@@ -32,6 +32,7 @@ class Wan:
     MASKED: ClassVar[bool] = False
     PIXELS: ClassVar[tuple[int, int]] = (480, 832)
     FRAMES: ClassVar[int] = 4
+    MAX_TEXT: ClassVar[int] = 512  # as the pipeline's call has it; `encode_prompt` alone would make 226
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None:
         check_text_to_image(config)
@@ -78,7 +79,10 @@ class Wan:
         return plain_cfg(with_prompt, without, scale)
 
     def encode(self, pipeline: Any, prompt: str) -> Embeds:
-        return Embeds(pipeline.encode_prompt(prompt=[prompt], do_classifier_free_guidance=False)[0][0])
+        embeds, _ = pipeline.encode_prompt(
+            prompt=[prompt], do_classifier_free_guidance=False, max_sequence_length=self.MAX_TEXT
+        )
+        return Embeds(embeds[0])
 
     def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:
         vae = pipeline.vae

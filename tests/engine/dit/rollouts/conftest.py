@@ -177,3 +177,9 @@ def open_engine(transformer_folder: Callable[..., Path]) -> Iterator[Callable[..
 def embeds_maker() -> Callable[..., Embeds]:
     """`make_embeds("flux", num_tokens=6, seed=0, negative=True)`: random embeddings of one prompt."""
     return make_embeds
+
+
+@pytest.fixture(scope="session", name="random_model")
+def model_maker() -> Callable[[str], Any]:
+    """`random_model("flux")`: the tiny transformer itself."""
+    return lambda name: random_model(MODELS[name].transformer, MODELS[name].config, 0)

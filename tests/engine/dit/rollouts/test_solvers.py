@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rollmill.engine import ODE, DanceSDE, DiffusionParams, FlowCPS, FlowSDE
-from rollmill.engine.dit.solvers import draw_noise, log_density, make_steps
+from rollmill.engine.dit.solvers import StepNoise, draw_noise, log_density, make_steps
 
 GRID = [1.0, 0.9, 0.7, 0.45, 0.1, 0.0]
 ALL = range(5)
@@ -140,12 +140,22 @@ def test_noise_is_that_of_a_generator_a_sample():
         assert torch.equal(row, torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(seed))[0])
 
 
+def step_noise(seed, *steps):
+    noise = StepNoise([seed], (64,))
+    return [noise.draw(step)[0] for step in steps]
+
+
 def test_every_step_and_seed_draws_its_own_noise():
     """Step noise is of streams of its own: no step's equals a first latent's or another seed's."""
-    drawn = [draw_noise([seed], (64,), step)[0] for seed in range(4) for step in (None, 0, 1, 2)]
+    seeds = [0, 1, 2, 2**31, 2**32 - 1]
+    drawn = [noise for seed in seeds for noise in (*draw_noise([seed], (64,)), *step_noise(seed, 0, 1, 2))]
     products = torch.stack(drawn) @ torch.stack(drawn).T / 64
     assert (products.fill_diagonal_(0).abs() < 0.6).all()
-    assert torch.equal(draw_noise([3], (64,), 1), draw_noise([3], (64,), 1))
+
+
+def test_the_noise_of_a_step_depends_on_neither_window_nor_company():
+    assert torch.equal(step_noise(3, 2)[0], step_noise(3, 0, 1, 2)[2])
+    assert torch.equal(StepNoise([7, 3], (64,)).draw(2)[1], step_noise(3, 2)[0])
 
 
 # what comes back
