@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,17 @@ from ..errors import ConfigError, RequestError, UnsupportedError
 from ..schemes import SchemeResolver
 from ..step_gate import StepGate
 from .checkpoint import DiffusionCheckpoint
-from .families import FAMILIES, Embeds, Family, find_family
+from .families import FAMILIES, Family, find_family
 from .params import DiffusionParams, Precisions, Want
 from .progress import show_samples
 from .prompts import DiffusionPrompts, check_embeds, embed_prompts, place_embeds
+from .ranking import Reward, check_keep, extremes, read_rewards
 from .rollouts import Call, DiffusionRollouts, Wanted
-from .sample import DiffusionSample, Exploration, Seeds
+from .sample import DiffusionSample, Exploration
+from .seeds import SeedSource
 from .transformer import PrecisionSwitch, Transformer
 
-Reward = Callable[[Sequence[DiffusionSample]], Sequence[float] | Tensor]
+log = logging.getLogger("rollmill")
 
 
 class DiffusionEngine(Engine):
@@ -65,7 +67,7 @@ class DiffusionEngine(Engine):
         self._pipeline: Any = None
         self._rollouts: DiffusionRollouts | None = None
         self._made = threading.RLock()  # one pipeline and one loop, whichever thread asks first
-        self._next_seed = (1 << 31) + random.Random(self.config.seed).randrange(1 << 31)
+        self._seeds = SeedSource(self.config.seed)
         self._gate = StepGate()
         self._policy.commit_gate = self._gate.visit
 
@@ -113,10 +115,11 @@ class DiffusionEngine(Engine):
                 f"rollouts of {self.path}", ["expand_timesteps (Wan 2.2 TI2V 5B: a timestep a token) is not built"]
             )
         boundary = index.get("boundary_ratio")
+        family = family_type(first.config, self._vae_scale())
         return DiffusionRollouts(
             self.transformers,
-            family_type(first.config, self._vae_scale()),
-            self._scheduler(family_type),
+            family,
+            self._scheduler(family),
             self._policy,
             self._gate,
             max_batch=self.config.max_denoise_batch,
@@ -130,12 +133,15 @@ class DiffusionEngine(Engine):
         scale = getattr(self.pipeline, "vae_scale_factor", None)
         return self.pipeline.vae_scale_factor_spatial if scale is None else scale
 
-    def _scheduler(self, family: type[Family]) -> Any:
+    def _scheduler(self, family: Family) -> Any:
         if self.pipeline is not None:
-            return self.pipeline.scheduler
+            scheduler = self.pipeline.scheduler
+            if "FlowMatchEuler" not in type(scheduler).__name__:
+                log.info("%s lays the grid of steps only: the steps are the solver's", type(scheduler).__name__)
+            return scheduler
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-        return FlowMatchEulerDiscreteScheduler(**family.SCHEDULER)
+        return FlowMatchEulerDiscreteScheduler(**family.scheduler)
 
     def generate(
         self, prompts: DiffusionPrompts, params: DiffusionParams | None = None, *, progress: bool = False
@@ -146,10 +152,9 @@ class DiffusionEngine(Engine):
         threads take turns.
         """
         self._check_open()
-        self._policy.check_servable()
         call = self._call(DiffusionParams() if params is None else params)
         embeds = embed_prompts(prompts, call.params, self.rollouts.family, self.pipeline, self.device, self.dtype)
-        return self._run(call, self._wanted(call.params, embeds), progress=progress)
+        return self._run(call, self._seeds.wanted(call.params, embeds), progress=progress)
 
     async def agenerate(
         self, prompts: DiffusionPrompts, params: DiffusionParams | None = None
@@ -157,34 +162,21 @@ class DiffusionEngine(Engine):
         """`generate` for an event loop, in a thread of its own; what has begun runs to its end."""
         return await asyncio.to_thread(self.generate, prompts, params)
 
-    def _wanted(self, params: DiffusionParams, embeds: Sequence[Embeds]) -> list[Wanted]:
-        """`params.n` samples of every prompt, with seeds of their own."""
-        count = len(embeds) * params.n
-        base = self._take_seeds(count)
-        init = base if params.init_seed is None else params.init_seed
-        step = base if params.step_seed is None else params.step_seed
-        if max(init, step) + count > 1 << 32:
-            raise RequestError(f"{count} seeds from {max(init, step)} on end beyond 2**32 - 1")
-        places = [(p, i) for p in range(len(embeds)) for i in range(params.n)]
-        return [
-            Wanted(
-                p,
-                embeds[p],
-                Seeds(
-                    init + (p if params.init_noise == "shared" else p * params.n + i),
-                    step + (p if params.step_noise == "shared" else p * params.n + i),
-                ),
-            )
-            for p, i in places
-        ]
+    def step_inputs(self, samples: Sequence[DiffusionSample], step: int, *, negative: bool = False) -> dict[str, Any]:
+        """Keywords of diffusers' forward as the rollout formed them at `step`: what a trainer computes anew.
 
-    def _take_seeds(self, count: int) -> int:
-        """The first of `count` seeds of [2**31, 2**32) that no call has had; engines begin at places of their own."""
-        with self._made:
-            if self._next_seed + count > 1 << 32:
-                self._next_seed = 1 << 31
-            self._next_seed += count
-            return self._next_seed - count
+        The samples are of one call, their prompts of equal lengths; `negative`: with their negative embeds.
+        """
+        self._check_open()
+        embeds = [sample.embeds.negative if negative else sample.embeds for sample in samples]
+        given = [place_embeds(one, self.device, self.dtype) for one in embeds if one is not None]
+        if not samples or len(given) < len(samples):
+            raise RequestError("step_inputs wants samples, with negative embeds where these are asked for")
+        if len({one.prompt.shape for one in given}) > 1 or any(one.params != samples[0].params for one in samples):
+            raise RequestError("step_inputs wants samples of one call, with prompts of equal lengths")
+        latents = torch.stack([sample.latent(step) for sample in samples]).to(self.device, self.dtype)
+        timestep = samples[0].timesteps[step].to(self.device).expand(len(samples))
+        return self.rollouts.family.inputs(latents, timestep, given, samples[0].size, samples[0].params.guidance_scale)
 
     def replay(
         self,
@@ -196,7 +188,6 @@ class DiffusionEngine(Engine):
     ) -> list[DiffusionSample]:
         """The same samples again, from the same noise, with today's weights: in `precision`, or in their own."""
         self._check_open()
-        self._policy.check_servable()
         done: list[DiffusionSample] = []
         for params, group in itertools.groupby(samples, key=lambda sample: sample.params):
             changes = {"precision": precision, "want": want}
@@ -227,23 +218,18 @@ class DiffusionEngine(Engine):
         came first ranks higher. `params.n` is of no effect: `pool` is the number of samples.
         """
         self._check_open()
-        best, worst = keep
-        if best < 0 or worst < 0 or not 0 < best + worst <= pool:
-            raise RequestError(f"keep={keep} of a pool of {pool}: numbers of best and worst, at most the pool in all")
+        check_keep(keep, pool)
         asked = DiffusionParams(**{**asdict(params or DiffusionParams()), "n": pool})
         self._call(replace(asked, precision=precision))  # errors come before anything is computed
         samples = self.generate(prompts, asked, progress=progress)
         groups = [samples[start : start + pool] for start in range(0, len(samples), pool)]
-        return [self._explore_group(group, reward, best, worst, precision) for group in groups]
-
-    def _explore_group(
-        self, group: Sequence[DiffusionSample], reward: Reward, best: int, worst: int, precision: Precisions
-    ) -> Exploration:
-        rewards = _as_rewards(reward(group), len(group))
-        order = rewards.argsort(descending=True, stable=True).tolist()
-        top, bottom = order[:best], order[::-1][:worst]
-        kept = self.replay([group[i] for i in (*top, *bottom)], precision)
-        return Exploration(rewards=rewards, best=top, worst=bottom, samples=kept)
+        found: list[Exploration] = []
+        for group in groups:
+            rewards = read_rewards(reward(group), pool)
+            best, worst = extremes(rewards, keep)
+            kept = self.replay([group[i] for i in (*best, *worst)], precision, progress=progress)
+            found.append(Exploration(rewards=rewards, best=best, worst=worst, samples=kept))
+        return found
 
     def _run(self, call: Call, wanted: Sequence[Wanted], *, progress: bool = False) -> list[DiffusionSample]:
         decode = self._decode if "image" in call.params.want else None
@@ -339,20 +325,6 @@ class DiffusionEngine(Engine):
     def _drop(self) -> None:
         self.transformers.clear()
         self._pipeline = self._rollouts = None
-
-
-def _as_rewards(given: Any, count: int) -> Tensor:
-    """float32 [count] on the host."""
-    try:
-        rewards = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RequestError(f"reward returned no numbers: {error}") from error
-    if rewards.shape != (count,):
-        raise RequestError(f"reward returned numbers of shape {list(rewards.shape)} for {count} samples")
-    if not bool(rewards.isfinite().all()):
-        places = (~rewards.isfinite()).nonzero().flatten().tolist()
-        raise RequestError(f"reward returned numbers that are not finite for samples {places[:10]}")
-    return rewards
 
 
 def _default_keep(transformer: str) -> Sequence[str]:

@@ -193,7 +193,7 @@ class DiffusionRollouts:
         trajectory.keep(0, latents)
         for i, step in enumerate(make_steps(params.solver, call.schedule.sigmas.tolist(), call.window)):
             velocity = self._velocity(call, i, latents, [one.embeds for one in batch]).float()
-            mean = latents.float() * step.x + velocity * step.v
+            mean = step.mean(latents.float(), velocity)
             if i in call.window:
                 noise = self.family.pack(step_noise.draw(i).to(device))
                 latents = (mean + noise * step.std).to(held)

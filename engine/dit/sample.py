@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .families import Embeds, Size
-from .params import DiffusionParams
+from .params import ODE, DiffusionParams
+from .solvers import Step, log_density, make_steps
 
 
 class Seeds(Struct, frozen=True):
@@ -54,6 +55,25 @@ class DiffusionSample(Struct, frozen=True):
         if point not in self.points:
             raise RequestError(f"latents of point {point} were not kept, only of {list(self.points)}; see `want`")
         return self.latents[self.points.index(point)]
+
+    def step_mean(self, step: int, velocity: Tensor) -> Tensor:
+        """float32 [*latent shape]: the mean of the latent behind drawn step `step`, from a trainer's `velocity` there.
+
+        `velocity` [*latent shape]: what the transformer returned for `latent(step)`, guided as it was in the rollout.
+        Gradients flow.
+        """
+        return self._step(step).mean(self.latent(step).float(), velocity.float())
+
+    def step_logprob(self, step: int, velocity: Tensor) -> Tensor:
+        """float32 []: the log-prob of `latent(step + 1)` under a trainer's `velocity`: `logprobs` where it is ours."""
+        mean, std = self.step_mean(step, velocity), self._step(step).std
+        assert not isinstance(self.params.solver, ODE)
+        return log_density(self.latent(step + 1).float()[None], mean[None], std, self.params.solver.log_density)[0]
+
+    def _step(self, step: int) -> Step:
+        if step not in self.window:
+            raise RequestError(f"step {step} was not drawn; drawn: {list(self.window)}")
+        return make_steps(self.params.solver, self.sigmas.tolist(), self.window)[step]
 
 
 class Exploration(Struct, frozen=True):

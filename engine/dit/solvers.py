@@ -25,6 +25,10 @@ class Step(Struct, frozen=True):
     v: float
     std: float = 0.0
 
+    def mean(self, latents: Tensor, velocity: Tensor) -> Tensor:
+        """Both float32 [*shape]."""
+        return latents * self.x + velocity * self.v
+
 
 def make_steps(solver: Solver, sigmas: Sequence[float], drawn: range) -> list[Step]:
     """A step for every interval of `sigmas` [steps + 1]; those in `drawn` have noise, the others follow the ODE."""

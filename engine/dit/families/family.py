@@ -40,12 +40,12 @@ class Family(Protocol):
     """
 
     TRANSFORMER: ClassVar[str]  # diffusers' class
-    SCHEDULER: ClassVar[Mapping[str, Any]]  # FlowMatchEulerDiscreteScheduler's config where no pipeline brings one
     KEEP: ClassVar[tuple[str, ...]]  # modules that stay in BF16 where BF16 weights are quantized: ModelOpt's recipe
     LINEAR_SIGMAS: ClassVar[bool]  # the pipeline hands sigmas 1 ... 1 / steps to the scheduler
     MASKED: ClassVar[bool]  # reads a mask of the prompt's tokens
     text_width: int  # of the prompt's embeddings
     pooled_width: int | None  # of the pooled embedding; None: reads none
+    scheduler: Mapping[str, Any]  # FlowMatchEulerDiscreteScheduler's config where no pipeline brings one
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None: ...
 

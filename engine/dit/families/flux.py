@@ -29,7 +29,6 @@ class Flux:
     """Tokens of 2 x 2 latent pixels; ids [tokens, 3] give every token's row and column."""
 
     TRANSFORMER: ClassVar[str] = "FluxTransformer2DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {"shift": 3.0, "use_dynamic_shifting": True}
     KEEP: ClassVar[tuple[str, ...]] = ("proj_out", "time_text_embed*", "context_embedder*", "x_embedder*", "norm_out*")
     LINEAR_SIGMAS: ClassVar[bool] = True
     MASKED: ClassVar[bool] = False
@@ -41,6 +40,8 @@ class Flux:
         self.channels, self.vae_scale = config["in_channels"] // 4, vae_scale
         self.text_width, self.pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
         self.distilled = bool(config.get("guidance_embeds", False))
+        dev = {"shift": 3.0, "use_dynamic_shifting": True}
+        self.scheduler: Mapping[str, Any] = dev if self.distilled else {"shift": 1.0}
 
     def size(self, params: DiffusionParams) -> Size:
         return image_size(params, self.PIXELS, 2 * self.vae_scale)

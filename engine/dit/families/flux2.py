@@ -26,7 +26,7 @@ class Flux2:
     """Tokens are latent pixels that hold 2 x 2 patches already; ids [batch, tokens, 4]: (time, row, column, text)."""
 
     TRANSFORMER: ClassVar[str] = "Flux2Transformer2DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {"shift": 3.0, "use_dynamic_shifting": True}
+    scheduler: Mapping[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True}
     KEEP: ClassVar[tuple[str, ...]] = (
         "proj_out",
         "time_guidance_embed*",

@@ -19,7 +19,7 @@ class QwenImage:
     """Tokens of 2 x 2 latent pixels; text of any length, without padding."""
 
     TRANSFORMER: ClassVar[str] = "QwenImageTransformer2DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {
+    scheduler: Mapping[str, Any] = {
         "use_dynamic_shifting": True,
         "max_shift": 0.9,
         "max_image_seq_len": 8192,

@@ -27,7 +27,7 @@ class SD3:
     """Latents [channels, height, width]."""
 
     TRANSFORMER: ClassVar[str] = "SD3Transformer2DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {"shift": 3.0}
+    scheduler: Mapping[str, Any] = {"shift": 3.0}
     KEEP: ClassVar[tuple[str, ...]] = ("context_embedder", "norm_out*", "pos_embed*", "time_text_embed*")
     LINEAR_SIGMAS: ClassVar[bool] = False
     MASKED: ClassVar[bool] = False

@@ -26,7 +26,7 @@ class Wan:
     """Latents [channels, frames, height, width]; the VAE makes one latent frame of the first frame and of every 4."""
 
     TRANSFORMER: ClassVar[str] = "WanTransformer3DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {"shift": 3.0}
+    scheduler: Mapping[str, Any] = {"shift": 3.0}
     KEEP: ClassVar[tuple[str, ...]] = ("patch_embedding*", "condition_embedder*", "proj_out")
     LINEAR_SIGMAS: ClassVar[bool] = False
     MASKED: ClassVar[bool] = False

@@ -174,3 +174,16 @@ def test_one_bf16_forward_equals_diffusers(name, transformer_folder, open_engine
     with torch.no_grad():
         ours, expected = (model(**inputs, return_dict=False)[0].float() for model in (engine.transformer, theirs))
     assert distance(ours, expected) < 2**-8
+
+
+@pytest.mark.parametrize("name", ["flux", "schnell", "qwen", "sd3", "wan"])
+def test_a_transformer_alone_gets_the_schedule_of_its_model(
+    name, transformer_folder, pipeline_folder, open_engine, make_embeds
+):
+    """These pipelines' schedulers are those that the models were published with."""
+    alone, whole = (open_engine(make(name)) for make in (transformer_folder, pipeline_folder))
+    ours, theirs = (
+        engine.generate(make_embeds(name), DiffusionParams(steps=4, **SIZE))[0] for engine in (alone, whole)
+    )
+    assert torch.equal(ours.sigmas, theirs.sigmas)
+    assert torch.equal(ours.timesteps, theirs.timesteps)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rollmill.engine import AsleepError, ClosedError, DiffusionParams, FlowSDE, PausedError
 
@@ -127,6 +128,19 @@ def test_a_swap_waits_for_a_batch_and_comes_before_the_next(
     old = open_engine("flux", quant="fp8").generate(make_embeds("flux"), PARAMS)
     assert_same(samples, [*old[:BATCH], *new[BATCH:]])
     assert not torch.equal(old[0].latents, new[0].latents)
+
+
+def test_a_call_waits_for_the_end_of_a_streamed_swap(open_engine, transformer_folder, make_embeds):
+    """It has no complete weights meanwhile; that is no error of the call."""
+    engine = open_engine("flux", quant="fp8", swap="streamed")
+    weights = list(load_file(transformer_folder("flux", seed=1) / "diffusion_pytorch_model.safetensors").items())
+    with engine.weight_session(version="7") as session:
+        session.load(weights[:20])
+        call = Call(engine.generate, make_embeds("flux"), PARAMS)
+        call.join(0.2)
+        assert call.is_alive()
+        session.load(weights[20:])
+    assert [sample.weight_version for sample in call.get()] == ["7"] * 6
 
 
 def test_swaps_between_many_batches(open_engine, transformer_folder, make_embeds):
