@@ -187,3 +187,33 @@ def test_a_transformer_alone_gets_the_schedule_of_its_model(
     )
     assert torch.equal(ours.sigmas, theirs.sigmas)
     assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
+def recorded(module):
+    """The keywords of every forward of a transformer."""
+    calls = []
+    module.register_forward_pre_hook(lambda _module, _args, options: calls.append(options), with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("case", ["flux", "schnell", "flux2", "klein", "qwen", "sd3", "wan"])
+def test_the_transformer_is_called_with_what_the_pipeline_calls_it_with(
+    case, pipeline_folder, open_engine, make_embeds
+):
+    """Every tensor in value and dtype, timestep and guidance in their roundings, over the steps of a BF16 rollout."""
+    name, folder_options, ours, theirs = CASES[case]
+    folder = pipeline_folder(name, **folder_options)
+    engine, pipeline, embeds = open_engine(folder), open_pipeline(folder, torch.bfloat16), make_embeds(name)
+    calls, expected = recorded(engine.transformer), recorded(pipeline.transformer)
+    engine.generate(embeds, DiffusionParams(steps=9, init_seed=1, **SIZE, **ours))
+    run_pipeline(pipeline, embeds, [1], num_inference_steps=9, **SIZE, **theirs)
+    assert len(calls) == len(expected) == 9
+    for one, other in zip(calls, expected, strict=True):
+        for key in set(other) - {"hidden_states", "return_dict", "joint_attention_kwargs", "attention_kwargs"}:
+            if not isinstance(other[key], torch.Tensor):
+                assert one[key] == other[key], key
+                continue
+            assert one[key].dtype == other[key].dtype, key
+            assert torch.equal(one[key], other[key]), key
+        assert one["hidden_states"].dtype == other["hidden_states"].dtype
+        assert one["hidden_states"].shape == other["hidden_states"].shape
