@@ -68,8 +68,11 @@ class DiffusionCheckpoint:
 
         # The base class overlooks optional components (Wan's transformers): it would load them from the folder.
         kind: Any = getattr(diffusers, str(self.model_index.get("_class_name")), DiffusionPipeline)
+        absent = {
+            name: None for name, entry in self.model_index.items() if isinstance(entry, list) and entry[:1] == [None]
+        }
         try:
-            return kind.from_pretrained(self.folder, **replaced)
+            return kind.from_pretrained(self.folder, **{**absent, **replaced})
         except Exception as error:  # diffusers and transformers raise many types; all mean a broken pipeline
             raise ModelError(f"{self.folder}: diffusers cannot open the pipeline: {error}") from error
 

@@ -49,6 +49,9 @@ class Transformer:
                 self._replace(members, fused if len(members) == len(group) else None)
         self._bind_rest()
         self._check_refused()
+        for module in self.module.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                _compute_sample_by_sample(module)
 
     def unquantized_modules(self) -> list[str]:
         """Linears and convolutions that are served as they are, by the names that the model gives them."""
@@ -58,6 +61,11 @@ class Transformer:
             for path, module in self.module.named_modules()
             if (isinstance(module, SlotLinear) and not module.quantized) or isinstance(module, convolutions | nn.Linear)
         ]
+
+    @property
+    def width(self) -> int:
+        """Of the widest linear's input."""
+        return max(module.in_features for module in self.module.modules() if isinstance(module, SlotLinear))
 
     def _alike(self, group: Sequence[str]) -> list[Sequence[str]]:
         """The group whole, or one by one where its members are stored unequally."""
@@ -211,6 +219,12 @@ def _ways(served: SiblingLinears, twin: SiblingLinears | None, shard: int) -> di
     if twin is not None:
         ways["bf16"] = _bound(twin.apply, shard)
     return ways
+
+
+def _compute_sample_by_sample(conv: nn.Module) -> None:
+    """Libraries choose a convolution's order of sums by the whole batch: no sample is to notice its company."""
+    forward = conv.forward
+    conv.forward = lambda x: torch.cat([forward(sample[None]) for sample in x])
 
 
 def _bound(apply: Callable[[int, Tensor, Tensor | None], Tensor], shard: int) -> Apply:
