@@ -40,7 +40,7 @@ def test_ink_and_signal_are_inverse_to_a_level_of_256():
 
 def test_tokens_are_those_of_the_engine():
     images = torch.randn(3, 8, 8)
-    flux = Flux({"in_channels": 4}, 8)
+    flux = Flux({"in_channels": 4, "joint_attention_dim": 16, "pooled_projection_dim": 8}, 8)
     assert torch.equal(pack(images), flux.pack(images[:, None]))
     assert torch.equal(unpack(pack(images)), images)
     assert torch.equal(flux.unpack(pack(images), Size(64, 64))[:, 0], images)
