@@ -19,6 +19,10 @@ HOPPER = Capability(DEVICE, 90, ("triton",))
 CONFIG = MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256)
 SCHEMES = {"fp8": FP8(), "fp8_channel": FP8(per_channel=True), "nvfp4_w4a16": NVFP4(activation="none")}
 
+# BF16 keeps 8 bits: half a step is 2e-3. Where an exponential's last bit moves a BF16 of SwiGLU, an FP8 code may follow,
+# by 1/16 of one of 256 numbers.
+TOLERANCE = {"fp8": 1e-2, "fp8_channel": 1e-2, "nvfp4_w4a16": 4e-3}
+
 
 class Layer:
     """Random experts, their packed tensors, and their dequantized weights in float64."""
@@ -76,7 +80,7 @@ def tokens(count: int, seed: int = 1, experts: tuple[int, ...] = (0, 1, 2, 3)) -
 def test_a_layer_equals_float64(name: str, count: int):
     layer, asked = Layer(SCHEMES[name]), tokens(count)
     got, expected = layer(*asked).double(), layer.expected(*asked)
-    assert float((got - expected).norm() / expected.norm()) < 4e-3  # BF16 keeps 8 bits: half a step is 2e-3
+    assert float((got - expected).norm() / expected.norm()) < TOLERANCE[name]
 
 
 @pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16"])
@@ -84,7 +88,7 @@ def test_experts_without_tokens_and_poisoned_outputs(name: str):
     layer, asked = Layer(SCHEMES[name]), tokens(5, experts=(1, 3))
     got, expected = layer(*asked).double(), layer.expected(*asked)
     assert bool(torch.isfinite(got).all())
-    assert float((got - expected).norm() / expected.norm()) < 4e-3
+    assert float((got - expected).norm() / expected.norm()) < TOLERANCE[name]
 
 
 @pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16"])
