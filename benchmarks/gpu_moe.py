@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_moe.py [--sweep TOKENS [TOKENS ...]]
 
-Limit: the bytes of the experts that are touched at the rate of a copy, or the multiplications at the GPU's measured peak,
-whichever takes longer. `--sweep` times the products alone over tiles, to fill the runner's tables.
+Limit: the bytes of the experts that are touched at the rate of a copy, or the multiplications at the GPU's measured
+peak, whichever takes longer. `--sweep` times the products alone over tiles, to fill the runner's tables.
 """
 
 from __future__ import annotations
@@ -119,34 +119,35 @@ def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, tuple
             K,
             rows_out,
         )
-        yield (
-            lambda kernel=kernel, arguments=arguments, options=options, grid=(rows_out // rows, len(experts)), t=tile: (
-                kernel[grid](*arguments, ROWS=t[0], TOKENS=t[1], DEPTH=t[2], num_warps=t[3], STAGES=t[4], **options)
-            )
-        )
+        options |= {"ROWS": rows, "TOKENS": block, "DEPTH": depth, "num_warps": warps, "STAGES": stages}
+        launch = kernel[(rows_out // rows, len(experts))]
+        yield lambda launch=launch, arguments=arguments, options=options: launch(*arguments, **options)
+
+
+def candidates(scheme: Scheme, weight: str, average: float) -> Iterator[tuple[int, int, int, int, int]]:
+    """Tiles worth timing: rows, tokens, depth, warps, stages."""
+    depths = (128, 256) if isinstance(scheme, FP8) else (DEPTH,)
+    blocks = (16, 32) if average <= 20 else (32, 64) if average <= 80 else (64, 128, 256)
+    for rows, block, depth, warps in itertools.product((64, 128), blocks, depths, (4, 8)):
+        sums = rows * block * (2 if weight == "w13" else 1)  # float32, in registers
+        if sums * (4 if block <= 32 else 1) >= 4096 and sums <= 4096 * warps and block * depth <= 256 * 128:
+            yield from ((rows, block, depth, warps, stages) for stages in (3, 4))
 
 
 def sweep(batches: list[int]) -> None:
-    for name, scheme in SCHEMES.items():
-        layer = Layer(scheme)
-        depths = (128, 256) if name == "fp8" else (DEPTH,)
-        for tokens in batches:
-            _, ids, _ = asked(tokens)
-            average = ids.numel() / CONFIG.num_experts
-            blocks = (16, 32) if average <= 20 else (32, 64) if average <= 80 else (64, 128, 256)
-            for weight, index in (("w13", 0), ("w2", 1)):
-                found = []
-                for tile in itertools.product((64, 128), blocks, depths, (2, 4, 8), (2, 3, 4)):
-                    if tile[0] * tile[1] > 128 * 128 * (1 if weight == "w13" else 2) or tile[1] * tile[2] > 256 * 128:
-                        continue
-                    try:
-                        call = list(product_calls(layer, tokens, ids, {weight: tile}))[index]
-                        found.append((round(graphed([call] * 2, repeats=5) * 1e6, 1), tile))
-                    except Exception as error:  # a tile that does not fit
-                        if "resource" not in str(error):
-                            print("failed", tile, str(error)[:100], flush=True)
-                found.sort()
-                print(name, weight, tokens, found[:5], "worst", found[-1][0], flush=True)
+    for (name, scheme), tokens in itertools.product(SCHEMES.items(), batches):
+        layer, (_, ids, _) = Layer(scheme), asked(tokens)
+        for weight, index in (("w13", 0), ("w2", 1)):
+            found = []
+            for tile in candidates(scheme, weight, ids.numel() / CONFIG.num_experts):
+                try:
+                    call = list(product_calls(layer, tokens, ids, {weight: tile}))[index]
+                    found.append((round(graphed([call] * 2, repeats=5) * 1e6, 1), tile))
+                except Exception as error:  # a tile that does not fit
+                    if "resource" not in str(error):
+                        print("failed", tile, str(error)[:100], flush=True)
+            found.sort()
+            print(name, weight, tokens, found[:4], "worst", found[-1][0], "of", len(found), flush=True)
 
 
 if __name__ == "__main__":

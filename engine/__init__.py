@@ -27,7 +27,7 @@ from .errors import (
     TransportError,
     UnsupportedError,
 )
-from .export import ExportReport, quantize_checkpoint
+from .export import ExportReport, quantize_checkpoint, quantize_diffusion
 from .inventory import Inventory, inspect_checkpoint
 from .llm.engine import LanguageEngine
 from .types import Completion, StreamChunk, TopLogprobs, VersionSpan
@@ -79,4 +79,5 @@ __all__ = [
     "WeightSource",
     "inspect_checkpoint",
     "quantize_checkpoint",
+    "quantize_diffusion",
 ]

@@ -92,7 +92,7 @@ def locate(path: str | Path) -> Path:
 def is_diffusers(path: str | Path) -> bool:
     """Whether `path` holds a diffusion pipeline, a diffusers transformer, or a file of diffusion weights."""
     found = locate(path)
-    if found.is_file() or (found / "model_index.json").is_file():
+    if found.is_file() or any((found / name).is_file() for name in ("model_index.json", "transformer/config.json")):
         return True
     config = found / "config.json"
     return "_class_name" in read_json(config) if config.is_file() else any(found.glob("*.safetensors"))

@@ -7,17 +7,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from ..quant import Activation, ConfigError, QuantName, RollmillError
-from .commands import bench, inspect, quantize
-from .config import EngineConfig, SamplingParams
+from ..quant import ConfigError, RollmillError
+from .commands import bench, generate, inspect, quantize
 from .env import cache_home, read_toggle_rows
-from .llm.engine import LanguageEngine
-from .types import Completion
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,19 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the report")
     demo.set_defaults(run=_demo)
 
-    generate = commands.add_parser("generate", help="sample from a model folder; print text and log-probs")
-    generate.add_argument("model")
-    generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    generate.add_argument("--chat", action="store_true", help="put every prompt through the chat template")
-    generate.add_argument("--quant", choices=get_args(QuantName))
-    generate.add_argument("--activation", choices=get_args(Activation))
-    generate.add_argument("--n", type=int, default=1)
-    generate.add_argument("--temperature", type=float, default=1.0)
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--seed", type=int)
-    generate.add_argument("--json", action="store_true")
-    generate.set_defaults(run=_generate)
-
+    generate.add(commands)
     quantize.add(commands)
     bench.add(commands)
     inspect.add(commands)
@@ -85,54 +69,6 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .demo.dit.run import run_dit_demo
 
     run_dit_demo(DitDemoConfig(**settings), out=arguments.out, cache=cache)
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    prompts = arguments.prompt
-    if arguments.chat:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    params = SamplingParams(
-        n=arguments.n,
-        temperature=arguments.temperature,
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-    )
-    with LanguageEngine(
-        arguments.model, EngineConfig(quant=arguments.quant, activation=arguments.activation)
-    ) as engine:
-        outs = engine.generate(prompts, params)
-        shown = [prompt for prompt in arguments.prompt for _ in range(arguments.n)]
-        if arguments.json:
-            print(json.dumps([_as_json(prompt, out) for prompt, out in zip(shown, outs, strict=True)], indent=2))
-        else:
-            _print_completions(engine, shown, outs)
-
-
-def _as_json(prompt: str, out: Completion) -> dict[str, object]:
-    assert out.logprobs is not None
-    return {
-        "prompt": prompt,
-        "text": out.text,
-        "token_ids": out.token_ids,
-        "logprobs": out.logprobs.tolist(),
-        "finish_reason": out.finish_reason,
-        "seed": out.seed,
-        "weight_version": out.weight_versions[0].version,
-    }
-
-
-def _print_completions(engine: LanguageEngine, prompts: Sequence[str], outs: Sequence[Completion]) -> None:
-    console = Console(highlight=False)
-    for prompt, out in zip(prompts, outs, strict=True):
-        assert engine.tokenizer is not None
-        assert out.logprobs is not None
-        console.rule(f"{prompt[:60]!r}  seed {out.seed}", align="left")
-        console.print(out.text, markup=False)
-        table = Table("token", "id", "log-prob", box=None)
-        for token, logprob in zip(out.token_ids, out.logprobs.tolist(), strict=True):
-            table.add_row(repr(engine.tokenizer.decode([token])), str(token), f"{logprob:.4f}")
-        console.print(table, markup=False)
-        console.print(f"{out.finish_reason}, mean log-prob {out.logprobs.mean():.4f}")
 
 
 def _env(arguments: argparse.Namespace) -> None:

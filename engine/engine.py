@@ -117,7 +117,8 @@ class Engine:
         """Merge an adapter into the base weights, in place of the adapter before, and requantize; all or nothing.
 
         `source`: a dict or iterator in PEFT's names (`...q_proj.lora_A.weight` [rank, in], `lora_B` [out, rank]), or
-        PEFT's folder, whose adapter_config.json says `alpha` and `rank` where these are None.
+        PEFT's folder, whose adapter_config.json says `alpha` and `rank` where these are None, or diffusers' file
+        (pytorch_lora_weights.safetensors), whose header may say so.
         """
         self._check_open()
         return self._policy.update_lora(source, alpha, rank, version)

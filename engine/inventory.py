@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..quant import QuantPlan, RollmillError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, is_diffusers, locate
+from .dit.checkpoint import parts_of
+from .dit.formats import FileSummary, WeightFiles, find_config, say, summarize
+from .headers import StoredTensor, read_header
 
 # What a tensor is called below its module; a name with another ending is a tensor without a module (stacked experts).
-TENSORS = ("weight", "bias", "weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
+TENSORS = ("weight", "bias", "weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale", "comfy_quant")
 QUANTIZED = ("F8_E4M3", "U8")
 
 
-class StoredTensor(Struct, frozen=True):
-    """One tensor as a header tells it; `dtype` is safetensors' own name."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-
 class StoredModule(Struct, frozen=True):
-    """A module's tensors. `scheme`: bf16 (or another float), fp8, fp8_channel, nvfp4, nvfp4_w4a16, or what is odd."""
+    """A module's tensors. `scheme`: bf16 (or another float), fp8, fp8_channel, nvfp4, nvfp4_w4a16, or what is odd;
+    `packing`: how the NVFP4 weights of a diffusion file lie."""
 
     name: str
     scheme: str
     weights: int
     bytes: int
     tensors: dict[str, StoredTensor]
+    packing: str | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -70,48 +67,109 @@ class Inventory(Struct, frozen=True):
 
 
 def inspect_checkpoint(path: str | Path) -> Inventory:
-    """Read the headers of a folder or hub id in Hugging Face layout: BF16, or ModelOpt's FP8, NVFP4 or mixed."""
+    """Read the headers of a folder or hub id in Hugging Face layout (BF16, or ModelOpt's FP8, NVFP4 or mixed), of a
+    diffusion pipeline's transformers, or of a file of diffusion weights."""
+    if is_diffusers(path):
+        return _inspect_diffusion(locate(path))
     checkpoint, warnings = Checkpoint(path), []
     try:
         plan = checkpoint.quant_plan()
     except RollmillError as error:  # there is more to see than a config that we cannot serve
         plan = None
         warnings.append(str(error))
-    modules = [_module(name, tensors, plan) for name, tensors in _group(checkpoint.source.files)]
-    quantized = plan is not None or any(module.is_quantized for module in modules)
+    modules = [_module(name, tensors, plan) for name, tensors in _group(_tensors(checkpoint.source.files))]
+    kv_cache = None if plan is None else plan.kv_cache
+    warnings += _disagreements(modules, plan)
+    files = len(checkpoint.source.files)
+    said = [_said(plan)]
+    return _inventory(checkpoint.folder, checkpoint.architectures, said, kv_cache, files, modules, warnings)
+
+
+def _inspect_diffusion(place: Path) -> Inventory:
+    """Every transformer of a pipeline; a module is called as its file calls it, behind its component's name."""
+    architectures: list[str] = []
+    modules: list[StoredModule] = []
+    warnings: list[str] = []
+    said: list[str | None] = []
+    files = 0
+    parts = parts_of(place) or {"": place}
+    for component, part in parts.items():
+        try:
+            found = summarize(part)
+        except RollmillError as error:  # what the headers hold can be listed all the same
+            warnings.append(f"{part}: {error}")
+            listed, paths = _unread(part)
+        else:
+            paths = found.files.paths
+            said.append(_said(found.said))
+            listed = [_layer_module(name, tensors, found) for name, tensors in _group(found.files.tensors.items())]
+            warnings += [] if found.said is None else _disagreements(listed, found.said)
+            architectures.append(str((find_config(found) or {}).get("_class_name", "unknown model")))
+        files += len(paths)
+        prefix = f"{component}." if len(parts) > 1 else ""
+        modules += [replace(module, name=f"{prefix}{module.name}") for module in listed]
+    return _inventory(place, architectures, said, None, files, modules, warnings)
+
+
+def _unread(place: Path) -> tuple[list[StoredModule], Sequence[Path]]:
+    """The modules of files that cannot be served, as far as shapes tell."""
+    files = WeightFiles(place)
+    return [_module(name, tensors, None) for name, tensors in _group(files.tensors.items())], files.paths
+
+
+def _layer_module(name: str, tensors: Mapping[str, StoredTensor], found: FileSummary) -> StoredModule:
+    layer = found.layers.get(name.removeprefix(found.layout.prefix))
+    module = _module(name, tensors, found.said)
+    if layer is None:
+        return module
+    nvfp4 = found.layout.nvfp4 if layer.is_nvfp4 else None
+    packing = None if nvfp4 is None else say(nvfp4)
+    scheme = module.scheme if module.scheme == "nvfp4_w4a16" else layer.quant
+    weights = prod(layer.shape("weight")) * (2 if layer.is_nvfp4 else 1)
+    return replace(module, scheme=scheme, weights=weights, packing=packing)
+
+
+def _inventory(
+    place: Path,
+    architectures: list[str],
+    said: Sequence[str | None],
+    kv_cache: str | None,
+    files: int,
+    modules: list[StoredModule],
+    warnings: list[str],
+) -> Inventory:
+    quantized = any(said) or any(module.is_quantized for module in modules)
     return Inventory(
-        path=str(checkpoint.folder),
-        architectures=checkpoint.architectures,
-        quant=None if plan is None else "mixed" if plan.layers or plan.patterns else plan.quant,
-        kv_cache=None if plan is None else plan.kv_cache,
-        files=len(checkpoint.source.files),
+        path=str(place),
+        architectures=architectures,
+        quant=said[0] if len(set(said)) == 1 else "mixed" if said else None,
+        kv_cache=kv_cache,
+        files=files,
         modules=modules,
         kept=[m.name for m in modules if m.is_matrix and not m.is_quantized] if quantized else [],
         totals=_totals(modules),
         weights=sum(module.weights for module in modules),
         bytes=sum(module.bytes for module in modules),
-        warnings=[*warnings, *_disagreements(modules, plan)],
+        warnings=warnings,
     )
 
 
-def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """A safetensors file's header: 8 bytes of length, then JSON; `Checkpoint` has validated it."""
-    with file.open("rb") as raw:
-        header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start)
+def _said(plan: QuantPlan | None) -> str | None:
+    return None if plan is None else "mixed" if plan.layers or plan.patterns else plan.quant
 
 
-def _group(files: Iterable[Path]) -> list[tuple[str, dict[str, StoredTensor]]]:
-    grouped: dict[str, dict[str, StoredTensor]] = {}
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, StoredTensor]]:
     for file in files:
-        for name, tensor in read_header(file):
-            module, _, suffix = name.rpartition(".")
-            if suffix not in TENSORS:
-                module, suffix = name, "weight"
-            grouped.setdefault(module, {})[suffix] = tensor
+        yield from read_header(file)
+
+
+def _group(tensors: Iterable[tuple[str, StoredTensor]]) -> list[tuple[str, dict[str, StoredTensor]]]:
+    grouped: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors:
+        module, _, suffix = name.rpartition(".")
+        if suffix not in TENSORS:
+            module, suffix = name, "weight"
+        grouped.setdefault(module, {})[suffix] = tensor
     return sorted(grouped.items(), key=lambda item: _natural(item[0]))
 
 

@@ -8,10 +8,17 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..quant import Capability, LinearKernel, Scheme, UnsupportedError
+from ..quant import Capability, Scheme, UnsupportedError, WeightShape
+from ..quant.slot import Packer
 from .config import MoeConfig
 from .runners.reference import ReferenceRunner
 from .runners.triton import TritonRunner
+
+
+class ExpertPacker(Packer, Protocol):
+    """How a stack of experts is packed: a linear kernel, or what a runner has of its own."""
+
+    shape: WeightShape
 
 
 class MoeRunner(Protocol):
@@ -21,9 +28,12 @@ class MoeRunner(Protocol):
     """
 
     name: ClassVar[str]
-    w13: LinearKernel
-    w2: LinearKernel
     watch_w2: Callable[[Tensor], None]
+
+    @property
+    def w13(self) -> ExpertPacker: ...
+    @property
+    def w2(self) -> ExpertPacker: ...
 
     def __init__(
         self,

@@ -17,11 +17,12 @@ class CoverageError(RollmillError):
         duplicate: Sequence[str] = (),
         *,
         rule: str = "a session brings every tensor of the layers that it touches, once, and no other",
+        hint: str = "",
     ) -> None:
         self.missing, self.unexpected, self.duplicate = tuple(missing), tuple(unexpected), tuple(duplicate)
         lists = {"missing": self.missing, "unexpected": self.unexpected, "duplicate": self.duplicate}
         parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in lists.items() if names]
-        super().__init__("; ".join([rule, *parts]))
+        super().__init__("; ".join([rule, *parts, *([hint] if hint else [])]))
 
 
 class ShapeError(RollmillError):

@@ -101,7 +101,8 @@ class _AdapterReader:
         missing = [_twin(name) for sides in self.found.values() if len(sides) == 1 for name, _ in sides.values()]
         adapter = Adapter() if missing else self._place()
         if missing or self.unexpected or self.duplicate:
-            raise CoverageError(missing, self.unexpected, self.duplicate, rule=RULE)
+            hint = self.plan.hint(self.prefix) if self.unexpected else ""
+            raise CoverageError(missing, self.unexpected, self.duplicate, rule=RULE, hint=hint)
         if not adapter.factors:
             raise ModelError("the adapter holds no tensors; to take an adapter off, call remove_lora")
         return adapter

@@ -27,6 +27,7 @@ class SyncPlan:
     `renames`: (from, to) substrings applied to incoming names, for trainers that name modules otherwise.
     `ignored`: pattern over whole names -> why such tensors are not needed.
     `tied`: name -> name of the tensor that it must equal.
+    `components`: what the names begin with, where there are several models ("transformer", "transformer_2").
     `twins`: slot -> a second slot of the same weight in another scheme, which takes whatever the first one takes.
     """
 
@@ -38,7 +39,9 @@ class SyncPlan:
         ignored: Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
         twins: Mapping[WeightSlot, WeightSlot] | None = None,
+        components: Sequence[str] = (),
     ) -> None:
+        self.components = tuple(components)
         self.twins = dict(twins or {})
         self.addressed = tuple(slots)  # what names lead to
         self.slots = (*self.addressed, *self.twins.values())
@@ -75,6 +78,13 @@ class SyncPlan:
 
     def is_twin(self, slot: WeightSlot) -> bool:
         return slot in self._twins
+
+    def hint(self, prefix: str) -> str:
+        """What to say of unknown names that came under `prefix`."""
+        if len(self.components) < 2 or prefix:
+            return ""
+        starts = " or ".join(f"'{component}.'" for component in self.components)
+        return f"there are {len(self.components)} modules: begin every name with {starts}, or say module=..."
 
     def why_ignored(self, name: str) -> str | None:
         """The reason for which a tensor of this name is not needed, or None."""

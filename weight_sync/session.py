@@ -214,7 +214,8 @@ class WeightSession:
             untouched = (slot for slot in plan.addressed if slot not in self._staging)
             missing += [name for slot in untouched for name in names_of(slot)]
         if missing or self._unexpected or self._duplicate:
-            raise CoverageError(missing, self._unexpected, self._duplicate)
+            hint = plan.hint(self.prefix) if self._unexpected else ""
+            raise CoverageError(missing, self._unexpected, self._duplicate, hint=hint)
         for name, digest in self._tied.items():
             target = self.served.plan.resolve(name)
             assert target is not None

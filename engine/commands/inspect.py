@@ -9,6 +9,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from ..checkpoint import locate
+from ..dit.formats import check_layout, say
 from ..inventory import Inventory, StoredModule, StoredTensor, inspect_checkpoint
 
 
@@ -17,15 +19,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "inspect",
         help="what a checkpoint holds: schemes, layouts, bytes, scales, kept modules",
-        description="Reads configs and file headers only, no tensor. Modules that differ in numbers only share a row.",
+        description="Reads configs and file headers only, no tensor (but for --against). "
+        "Modules that differ in numbers only share a row.",
     )
-    parser.add_argument("path", help="model folder or hub id")
+    parser.add_argument("path", help="model folder, diffusion pipeline, file of diffusion weights, or hub id")
+    parser.add_argument(
+        "--against", metavar="BF16", help="BF16 transformer: read some NVFP4 layers in every layout and compare"
+    )
     parser.add_argument("--json", action="store_true", help="every module by itself")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the inventory."""
+    """Print the inventory, or the comparison with BF16 weights."""
+    if arguments.against is not None:
+        _compare(arguments)
+        return
     inventory = inspect_checkpoint(arguments.path)
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(inventory), indent=2).decode())
@@ -37,18 +46,32 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(line, markup=False)
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    check = check_layout(locate(arguments.path), locate(arguments.against))
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(check), indent=2).decode())
+        return
+    table = Table("NVFP4 layout", "correlation", "relative error", "fits")
+    for reading in check.readings:
+        fits = "yes" if reading.layout == check.fits else ""
+        table.add_row(say(reading.layout), f"{reading.correlation:.4f}", f"{reading.error:.4f}", fits)
+    console = Console(highlight=False)
+    console.print(table, markup=False)
+    console.print(f"read: {', '.join(check.modules)}", markup=False)
+
+
 def _module_table(inventory: Inventory) -> Table:
     table = Table()
     for name in ("module", "x", "scheme", "layout", "scales", "bytes"):
         table.add_column(name, justify="right" if name in ("x", "bytes") else "left")
     for modules in group_alike(inventory.modules):
         first = modules[0]
-        scales = [key for key in first.tensors if key.endswith(("_scale", "_scale_2"))]
+        scales = [key for key in first.tensors if key.endswith(("_scale", "_scale_2", "_quant"))]
         layout = [f"{key} {layout_of(t)}" for key, t in first.tensors.items() if key in ("weight", "bias")]
         table.add_row(
             name_of_group(modules),
             str(len(modules)),
-            first.scheme,
+            first.scheme if first.packing is None else f"{first.scheme}\n{first.packing}",
             "\n".join(layout),
             "\n".join(f"{key} {layout_of(first.tensors[key])}" for key in scales),
             f"{sum(m.bytes for m in modules):,}",

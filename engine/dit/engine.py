@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from torch import Tensor
 
 from ...quant import find_capability
@@ -16,18 +19,21 @@ from ...weight_sync import Source, SyncPlan, UpdateReport, WeightSession
 from ..config import EngineConfig
 from ..engine import Engine
 from ..env import read_toggles
-from ..errors import ConfigError, RequestError
+from ..errors import ConfigError, RequestError, UnsupportedError
 from ..schemes import SchemeResolver
 from ..step_gate import StepGate
 from .checkpoint import DiffusionCheckpoint
-from .families import FAMILIES, Embeds, Family, find_family
-from .params import DiffusionParams
+from .families import Family, default_keep, find_family
+from .params import DiffusionParams, Precisions, Want
+from .progress import show_samples
+from .prompts import DiffusionPrompts, check_embeds, embed_prompts, place_embeds
+from .ranking import Reward, check_keep, extremes, read_rewards
 from .rollouts import Call, DiffusionRollouts, Wanted
-from .sample import DiffusionSample, Exploration, Seeds
+from .sample import DiffusionSample, Exploration
+from .seeds import SeedSource
 from .transformer import PrecisionSwitch, Transformer
 
-Reward = Callable[[Sequence[DiffusionSample]], Sequence[float]]
-SEED_STRIDE = 1 << 40  # calls that name no seed are so far apart
+log = logging.getLogger("rollmill")
 
 
 class DiffusionEngine(Engine):
@@ -44,7 +50,7 @@ class DiffusionEngine(Engine):
         self.transformers: dict[str, Transformer] = {}
         warnings: list[str] = []
         for name, stored in checkpoint.transformers.items():
-            keep = _default_keep(str(stored.config.get("_class_name")))
+            keep = default_keep(str(stored.config.get("_class_name")))
             resolver = SchemeResolver(self.config, stored.plan, stored.tensor_names, toggles, keep)
             self.transformers[name] = Transformer(
                 name,
@@ -60,14 +66,15 @@ class DiffusionEngine(Engine):
         self._load(self._sync_plan(), self._all_tensors(), warnings)
         self._pipeline: Any = None
         self._rollouts: DiffusionRollouts | None = None
-        self._calls = itertools.count()
+        self._made = threading.RLock()  # one pipeline and one loop, whichever thread asks first
+        self._seeds = SeedSource(self.config.seed)
         self._gate = StepGate()
         self._policy.commit_gate = self._gate.visit
 
     def _sync_plan(self) -> SyncPlan:
         slots = [slot for transformer in self.transformers.values() for slot in transformer.slots]
         twins = {slot: twin for transformer in self.transformers.values() for slot, twin in transformer.twins.items()}
-        return SyncPlan(slots, twins=twins)
+        return SyncPlan(slots, twins=twins, components=tuple(self.transformers))
 
     def _all_tensors(self) -> Source:
         stored = self.checkpoint.transformers
@@ -85,29 +92,39 @@ class DiffusionEngine(Engine):
     def pipeline(self) -> Any:
         """diffusers' pipeline with its text encoders, VAE and scheduler, around our transformers; None without one."""
         self._check_open()
-        if self._pipeline is None and self.checkpoint.folder is not None:
-            modules = {name: transformer.module for name, transformer in self.transformers.items()}
-            self._pipeline = self.checkpoint.pipeline(torch_dtype=self.dtype, **modules)
-        return self._pipeline
+        with self._made:
+            if self._pipeline is None and self.checkpoint.folder is not None:
+                modules = {name: transformer.module for name, transformer in self.transformers.items()}
+                self._pipeline = self.checkpoint.pipeline(torch_dtype=self.dtype, **modules)
+            return self._pipeline
 
     @property
     def rollouts(self) -> DiffusionRollouts:
         """The loop, made when the first rollout asks for it: a model without a family can be swapped and called."""
-        if self._rollouts is None:
-            first = next(iter(self.transformers.values()))
-            family_type = find_family(str(first.config.get("_class_name")))
-            index = self.checkpoint.model_index
-            boundary = index.get("boundary_ratio")
-            self._rollouts = DiffusionRollouts(
-                self.transformers,
-                family_type(first.config, self._vae_scale()),
-                self._scheduler(family_type),
-                self._policy,
-                self._gate,
-                max_batch=self.config.max_denoise_batch,
-                boundary=None if boundary is None else boundary * 1000,
+        with self._made:
+            if self._rollouts is None:
+                self._rollouts = self._make_rollouts()
+            return self._rollouts
+
+    def _make_rollouts(self) -> DiffusionRollouts:
+        first = next(iter(self.transformers.values()))
+        family_type = find_family(str(first.config.get("_class_name")))
+        index = self.checkpoint.model_index
+        if index.get("expand_timesteps"):
+            raise UnsupportedError(
+                f"rollouts of {self.path}", ["expand_timesteps (Wan 2.2 TI2V 5B: a timestep a token) is not built"]
             )
-        return self._rollouts
+        boundary = index.get("boundary_ratio")
+        family = family_type(first.config, self._vae_scale())
+        return DiffusionRollouts(
+            self.transformers,
+            family,
+            self._scheduler(family),
+            self._policy,
+            self._gate,
+            max_batch=self.config.max_denoise_batch,
+            boundary=None if boundary is None else boundary * 1000,
+        )
 
     def _vae_scale(self) -> int:
         """Pixels a latent pixel; 8 where there is no VAE to tell."""
@@ -116,161 +133,124 @@ class DiffusionEngine(Engine):
         scale = getattr(self.pipeline, "vae_scale_factor", None)
         return self.pipeline.vae_scale_factor_spatial if scale is None else scale
 
-    def _scheduler(self, family: type[Family]) -> Any:
+    def _scheduler(self, family: Family) -> Any:
         if self.pipeline is not None:
-            return self.pipeline.scheduler
+            scheduler = self.pipeline.scheduler
+            if "FlowMatchEuler" not in type(scheduler).__name__:
+                log.info("%s lays the grid of steps only: the steps are the solver's", type(scheduler).__name__)
+            return scheduler
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-        return FlowMatchEulerDiscreteScheduler(**family.SCHEDULER)
+        return FlowMatchEulerDiscreteScheduler(**family.scheduler)
 
     def generate(
-        self, prompts: str | Embeds | Sequence[str] | Sequence[Embeds], params: DiffusionParams | None = None
+        self, prompts: DiffusionPrompts, params: DiffusionParams | None = None, *, progress: bool = False
     ) -> list[DiffusionSample]:
-        """Draw `params.n` samples of every prompt, prompt-major; prompts as text need the pipeline's encoders."""
-        self._check_open()
-        chosen: DiffusionParams = DiffusionParams() if params is None else params
-        embeds = self._embeds(prompts, chosen)
-        call = self._call(chosen, embeds)
-        return self._run(call, self._wanted(call.params, embeds))
+        """Draw `params.n` samples of every prompt, prompt-major; prompts as text need the pipeline's encoders.
 
-    def _wanted(self, params: DiffusionParams, embeds: Sequence[Embeds]) -> list[Wanted]:
-        """`params.n` samples of every prompt, with seeds of their own."""
-        base = next(self._calls) * SEED_STRIDE + (self.config.seed << 24)
-        init = base if params.init_seed is None else params.init_seed
-        step = base if params.step_seed is None else params.step_seed
-        places = [(p, i) for p in range(len(embeds)) for i in range(params.n)]
-        return [
-            Wanted(
-                p,
-                embeds[p],
-                Seeds(
-                    init + (p if params.init_noise == "shared" else p * params.n + i),
-                    step + (p if params.step_noise == "shared" else p * params.n + i),
-                ),
-            )
-            for p, i in places
-        ]
+        `progress` shows a bar on stderr. While the engine is paused this waits for `resume`; batches of several
+        threads take turns.
+        """
+        self._check_open()
+        call = self._call(DiffusionParams() if params is None else params)
+        embeds = embed_prompts(prompts, call.params, self.rollouts.family, self.pipeline, self.device, self.dtype)
+        return self._run(call, self._seeds.wanted(call.params, embeds), progress=progress)
+
+    async def agenerate(
+        self, prompts: DiffusionPrompts, params: DiffusionParams | None = None
+    ) -> list[DiffusionSample]:
+        """`generate` for an event loop, in a thread of its own; what has begun runs to its end."""
+        return await asyncio.to_thread(self.generate, prompts, params)
+
+    def step_inputs(self, samples: Sequence[DiffusionSample], step: int, *, negative: bool = False) -> dict[str, Any]:
+        """Keywords of diffusers' forward as the rollout formed them at `step`: what a trainer computes anew.
+
+        The samples are of one call, their prompts of equal lengths; `negative`: with their negative embeds.
+        """
+        self._check_open()
+        embeds = [sample.embeds.negative if negative else sample.embeds for sample in samples]
+        given = [place_embeds(one, self.device, self.dtype) for one in embeds if one is not None]
+        if not samples or len(given) < len(samples):
+            raise RequestError("step_inputs wants samples, with negative embeds where these are asked for")
+        if len({one.prompt.shape for one in given}) > 1 or any(one.params != samples[0].params for one in samples):
+            raise RequestError("step_inputs wants samples of one call, with prompts of equal lengths")
+        latents = torch.stack([sample.latent(step) for sample in samples]).to(self.device, self.dtype)
+        timestep = samples[0].timesteps[step].to(self.device).expand(len(samples))
+        return self.rollouts.family.inputs(latents, timestep, given, samples[0].size, samples[0].params.guidance_scale)
 
     def replay(
         self,
         samples: Sequence[DiffusionSample],
-        precision: str | None = None,
-        want: Sequence[Any] | None = None,
+        precision: Precisions | None = None,
+        want: Sequence[Want] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[DiffusionSample]:
         """The same samples again, from the same noise, with today's weights: in `precision`, or in their own."""
         self._check_open()
         done: list[DiffusionSample] = []
         for params, group in itertools.groupby(samples, key=lambda sample: sample.params):
-            members = list(group)
             changes = {"precision": precision, "want": want}
-            params = replace(params, **{key: value for key, value in changes.items() if value is not None})
-            call = self._call(params, [member.embeds for member in members])
-            done += self._run(call, [Wanted(m.prompt_index, m.embeds, m.seeds) for m in members])
+            changed = {key: value for key, value in changes.items() if value is not None}
+            call = self._call(DiffusionParams(**{**asdict(params), **changed}))
+            done += self._run(call, [self._again(sample) for sample in group], progress=progress)
         return done
+
+    def _again(self, sample: DiffusionSample) -> Wanted:
+        check_embeds(sample.embeds, self.rollouts.family, f"prompt {sample.prompt_index}")
+        return Wanted(sample.prompt_index, place_embeds(sample.embeds, self.device, self.dtype), sample.seeds)
 
     def explore(
         self,
-        prompts: str | Embeds | Sequence[str] | Sequence[Embeds],
+        prompts: DiffusionPrompts,
         *,
         reward: Reward,
         pool: int = 96,
         keep: tuple[int, int] = (12, 12),
         params: DiffusionParams | None = None,
-        precision: str = "bf16",
+        precision: Precisions = "bf16",
+        progress: bool = False,
     ) -> list[Exploration]:
         """Rank a pool of quantized samples of every prompt by `reward`, and compute the `keep` best and worst again in
         `precision` from the same noise (Sol-RL, arXiv:2604.06916).
 
-        `reward` gets all samples of one prompt and returns a number for each.
+        `reward` gets all samples of one prompt and returns a finite number for each. Of equal rewards the sample that
+        came first ranks higher. `params.n` is of no effect: `pool` is the number of samples.
         """
-        best, worst = keep
-        if best < 0 or worst < 0 or not 0 < best + worst <= pool:
-            raise RequestError(f"keep={keep} of a pool of {pool}: numbers of best and worst, at most the pool in all")
-        call_params = replace(params or DiffusionParams(), n=pool)
-        samples = self.generate(prompts, call_params)
+        self._check_open()
+        check_keep(keep, pool)
+        asked = DiffusionParams(**{**asdict(params or DiffusionParams()), "n": pool})
+        self._call(replace(asked, precision=precision))  # errors come before anything is computed
+        samples = self.generate(prompts, asked, progress=progress)
         groups = [samples[start : start + pool] for start in range(0, len(samples), pool)]
-        return [self._explore_group(group, reward, best, worst, precision) for group in groups]
+        found: list[Exploration] = []
+        for group in groups:
+            rewards = read_rewards(reward(group), pool)
+            best, worst = extremes(rewards, keep)
+            kept = self.replay([group[i] for i in (*best, *worst)], precision, progress=progress)
+            found.append(Exploration(rewards=rewards, best=best, worst=worst, samples=kept))
+        return found
 
-    def _explore_group(
-        self, group: Sequence[DiffusionSample], reward: Reward, best: int, worst: int, precision: str
-    ) -> Exploration:
-        rewards = torch.as_tensor(reward(group), dtype=torch.float32)
-        if rewards.shape != (len(group),):
-            raise RequestError(f"reward returned {list(rewards.shape)} numbers for {len(group)} samples")
-        order = rewards.argsort(descending=True, stable=True).tolist()
-        top, bottom = order[:best], order[::-1][:worst]
-        kept = self.replay([group[i] for i in (*top, *bottom)], precision)
-        return Exploration(rewards=rewards, best=top, worst=bottom, samples=kept)
-
-    def _run(self, call: Call, wanted: Sequence[Wanted]) -> list[DiffusionSample]:
-        samples = self.rollouts.run(call, wanted)
-        if "image" not in call.params.want:
-            return samples
-        step = self.config.max_denoise_batch
-        parts = [samples[start : start + step] for start in range(0, len(samples), step)]
-        images = [image for part in parts for image in self._images(call, part)]
-        return [replace(sample, image=image) for sample, image in zip(samples, images, strict=True)]
+    def _run(self, call: Call, wanted: Sequence[Wanted], *, progress: bool = False) -> list[DiffusionSample]:
+        decode = self._decode if "image" in call.params.want else None
+        with show_samples(len(wanted), shown=progress) as on_batch:
+            return self.rollouts.run(call, wanted, decode, on_batch)
 
     @torch.no_grad()
-    def _images(self, call: Call, samples: Sequence[DiffusionSample]) -> Tensor:
-        latents = torch.stack([sample.latents[-1] for sample in samples])
+    def _decode(self, call: Call, latents: Tensor) -> Tensor:
         return self.rollouts.family.decode(self.pipeline, latents, call.size)
 
-    def _call(self, params: DiffusionParams, embeds: Sequence[Embeds]) -> Call:
+    def _call(self, params: DiffusionParams) -> Call:
         """Check everything before anything is computed."""
-        family = self.rollouts.family
-        if "image" in params.want and (self.pipeline is None or self.pipeline.vae is None):
+        if "image" in params.want and getattr(self.pipeline, "vae", None) is None:
             raise RequestError(
-                'want "image" needs a VAE, and a transformer alone has none: open the pipeline\'s folder'
+                'want "image" needs a VAE, and there is none here: open a pipeline\'s folder that has one'
             )
-        if "image" in params.want and not {"latents", "latents:final"} & set(params.want):
-            params = replace(params, want=(*params.want, "latents:final"))
-        if family.POOLED and any(one.pooled is None for one in embeds):
-            raise RequestError("this model reads a pooled embedding, too: give Embeds(prompt, pooled)")
         cfg = None
-        if _wants_cfg(params):
+        if params.wants_cfg:
             scale = params.true_cfg_scale or 1.0
             cfg = scale, params.true_cfg_scale_2 or scale
-            if any(one.negative is None for one in embeds):
-                raise RequestError(
-                    "true_cfg_scale needs negative embeds: give Embeds(prompt, ..., negative=Embeds(...))"
-                )
-        return self.rollouts.plan(params, family.guidance(params), cfg)
-
-    def _embeds(
-        self, prompts: str | Embeds | Sequence[str] | Sequence[Embeds], params: DiffusionParams
-    ) -> list[Embeds]:
-        """Every prompt encoded, in the engine's dtype and on its device, shared by its group."""
-        listed = [prompts] if isinstance(prompts, str | Embeds) else list(prompts)
-        if not listed:
-            raise RequestError("no prompts")
-        texts = [one for one in listed if isinstance(one, str)]
-        encoded = [one for one in listed if isinstance(one, Embeds)]
-        if len(encoded) == len(listed):
-            return [self._placed(one) for one in encoded]
-        if len(texts) != len(listed):
-            raise RequestError("prompts are all text, or all Embeds")
-        return [self._placed(one) for one in self._encode(texts, params)]
-
-    def _encode(self, texts: Sequence[str], params: DiffusionParams) -> list[Embeds]:
-        if self.pipeline is None:
-            raise RequestError("a transformer alone has no text encoder: give Embeds, or open the pipeline's folder")
-        family = self.rollouts.family
-        with torch.no_grad():
-            embeds = family.encode(self.pipeline, texts)
-            if not _wants_cfg(params):
-                return embeds
-            negative = family.encode(self.pipeline, [params.negative_prompt or ""])[0]
-        return [replace(one, negative=negative) for one in embeds]
-
-    def _placed(self, embeds: Embeds) -> Embeds:
-        parts = {
-            "prompt": embeds.prompt.to(self.device, self.dtype),
-            "pooled": None if embeds.pooled is None else embeds.pooled.to(self.device, self.dtype),
-            "mask": None if embeds.mask is None else embeds.mask.to(self.device),
-            "negative": None if embeds.negative is None else self._placed(embeds.negative),
-        }
-        return Embeds(**parts)
+        return self.rollouts.plan(params, self.rollouts.family.guidance(params), cfg)
 
     def pause(self) -> None:
         """Stop between two batches of samples, until `resume`; returns once none is under way."""
@@ -291,7 +271,7 @@ class DiffusionEngine(Engine):
         are two, every name begins with its module.
         """
         self._check_open()
-        return self._policy.update(source, version, self._prefix(module))
+        return self._policy.update(self._opened(source, module), version, self._prefix(module))
 
     def weight_session(self, version: str | None = None, module: str | None = None) -> WeightSession:
         """The same, in buckets: `with engine.weight_session() as session: session.load(bucket)`."""
@@ -301,7 +281,9 @@ class DiffusionEngine(Engine):
     def digest(self, source: Source | None = None, module: str | None = None) -> str:
         """As `Engine.digest`; `source` names the tensors of `module`."""
         self._check_open()
-        return self._policy.digest() if source is None else self._policy.digest_of(source, self._prefix(module))
+        if source is None:
+            return self._policy.digest()
+        return self._policy.digest_of(self._opened(source, module), self._prefix(module))
 
     def update_lora(
         self,
@@ -320,6 +302,13 @@ class DiffusionEngine(Engine):
         self._check_open()
         return self._policy.remove_lora(version, self._prefix(module))
 
+    def _opened(self, source: Source, module: str | None) -> Source:
+        """The stored tensors of a path, whatever its names and layout; other sources as they are."""
+        prefix = self._prefix(module)
+        if not isinstance(source, str | Path):
+            return source
+        return self.checkpoint.open_weights(source, prefix.removesuffix("."), self.config.layout)
+
     def _prefix(self, module: str | None) -> str:
         if module is None:
             return f"{next(iter(self.transformers))}." if len(self.transformers) == 1 else ""
@@ -334,6 +323,7 @@ class DiffusionEngine(Engine):
             "transformers": {name: one.config.get("_class_name") for name, one in self.transformers.items()},
             "dual": self.config.dual,
             "max_denoise_batch": self.config.max_denoise_batch,
+            "paused": self._rollouts is not None and self._rollouts.paused,
         }
 
     def _stop(self) -> StepGate:
@@ -344,12 +334,3 @@ class DiffusionEngine(Engine):
     def _drop(self) -> None:
         self.transformers.clear()
         self._pipeline = self._rollouts = None
-
-
-def _wants_cfg(params: DiffusionParams) -> bool:
-    return params.true_cfg_scale is not None and params.true_cfg_scale != 1
-
-
-def _default_keep(transformer: str) -> Sequence[str]:
-    """What stays in BF16 unasked; of a model that has no family, nothing."""
-    return next((family.KEEP for family in FAMILIES if transformer == family.TRANSFORMER), ())

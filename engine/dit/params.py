@@ -12,6 +12,7 @@ from ..config import Settings
 # "quantized": as the engine's quant says (its name works, too); "weight_only": the same weights, activations in BF16;
 # "bf16": the BF16 copy of EngineConfig(dual="bf16"), or all there is in an engine that is not quantized
 Precision = str
+Precisions = Precision | Mapping[str, Precision | tuple[Precision, int]]
 Sharing = Literal["per_sample", "shared"]
 Want = Literal["latents", "latents:window", "latents:final", "logprobs", "means", "image", "sigmas", "embeds"]
 LogDensity = Literal["gaussian", "squared_error"]
@@ -102,14 +103,17 @@ class DiffusionParams(Settings, frozen=True):
 
     `height`, `width` in pixels (None: the model's default), `num_frames` of a video. `guidance_scale` feeds models
     that were distilled with one (FLUX dev; None: the model's default); `true_cfg_scale` above 1 runs the model twice,
-    with and without the prompt (`negative_prompt`, or negative embeds). `sigmas` [steps] in place of the scheduler's
-    own, before its shift. `n` samples of every prompt: a group.
+    with and without the prompt (`negative_prompt`, or negative embeds), `true_cfg_scale_2` is that of a second
+    transformer (None: the same). `sigmas` [steps] in place of the scheduler's own, before its shift. `n` samples of
+    every prompt: a group.
     Sample i of prompt p draws its first latent with `init_seed + p * n + i` ("shared": all of a group with
-    `init_seed + p`) and the noise of its steps with `step_seed + ...` likewise; None: seeds that no other call has.
+    `init_seed + p`) and the noise of its steps with `step_seed + ...` likewise, below 2**32 (torch's CPU generator
+    knows no more bits); None: seeds from 2**31 on that no other call of the engine has.
     `precision`: one for all steps, or by part: {"window": "bf16", "first": ("bf16", 2), "rest": "quantized"}; the keys
     "window", "first", "last" (with their number of steps), "rest"; earlier keys of this list win.
-    `want`: "latents" (all steps + 1), "latents:window" (those around drawn steps), "latents:final"; "logprobs",
-    "means" of the drawn steps, "image"; "sigmas" and "embeds" come always. `latents_dtype`: what latents are held in,
+    `want`: "latents" (all steps + 1), "latents:window" (those around drawn steps), "latents:final" (which come, too,
+    where no others do); "logprobs", "means" of the drawn steps, "image"; "sigmas" and "embeds" come always.
+    `latents_dtype`: what latents are held in,
     and log-probs are computed from. `timesteps`: "truncated" hands int(1000 * sigma) to the model, as DanceGRPO does.
     `training_step`: where moving windows stand.
     """
@@ -130,7 +134,7 @@ class DiffusionParams(Settings, frozen=True):
     step_seed: int | None = None
     init_noise: Sharing = "per_sample"
     step_noise: Sharing = "per_sample"
-    precision: Precision | Mapping[str, Precision | tuple[Precision, int]] | None = None
+    precision: Precisions | None = None
     want: Sequence[Want] = ("latents:final", "logprobs")
     latents_dtype: Literal["float32", "bfloat16"] = "float32"
     timesteps: Literal["exact", "truncated"] = "exact"
@@ -143,10 +147,19 @@ class DiffusionParams(Settings, frozen=True):
             "width >= 1": self.width is None or self.width >= 1,
             "num_frames >= 1": self.num_frames >= 1,
             "sigmas falling, in (0, 1], one a step": self.sigmas is None or self._sigmas_hold(self.sigmas),
-            "init_seed >= 0": self.init_seed is None or 0 <= self.init_seed < 2**62,
-            "step_seed >= 0": self.step_seed is None or 0 <= self.step_seed < 2**62,
+            "0 <= init_seed < 2**32": self.init_seed is None or 0 <= self.init_seed < 2**32,
+            "0 <= step_seed < 2**32": self.step_seed is None or 0 <= self.step_seed < 2**32,
             "training_step >= 0": self.training_step >= 0,
+            "true_cfg_scale >= 1": self.true_cfg_scale is None or self.true_cfg_scale >= 1,
+            "true_cfg_scale_2 >= 1, with true_cfg_scale above 1": self.true_cfg_scale_2 is None
+            or (self.true_cfg_scale_2 >= 1 and self.wants_cfg),
+            "negative_prompt with true_cfg_scale above 1": self.negative_prompt is None or self.wants_cfg,
         }
+
+    @property
+    def wants_cfg(self) -> bool:
+        """Whether the model runs twice a step."""
+        return self.true_cfg_scale is not None and self.true_cfg_scale > 1
 
     def _sigmas_hold(self, sigmas: Sequence[float]) -> bool:
         falls = all(left > right for left, right in zip(sigmas, sigmas[1:], strict=False))
@@ -157,36 +170,46 @@ def window_steps(solver: Solver, steps: int, training_step: int) -> range:
     """The steps that `solver` draws, of `steps` in all; none for the ODE."""
     if isinstance(solver, ODE):
         return range(0)
-    drawn = range(*_bounds(solver.window, steps, training_step))
-    if not 0 <= drawn.start < drawn.stop <= steps:
-        raise ConfigError(f"window [{drawn.start}, {drawn.stop}) lies outside of {steps} steps")
-    if isinstance(solver, FlowCPS):
-        drawn = range(drawn.start, min(drawn.stop, steps - 1))  # the last step has no noise
-        if not drawn:
-            raise ConfigError(f"window [{drawn.start}, {steps}) of CPS holds the last step only, which has no noise")
-    return drawn
+    last = steps - 1 if isinstance(solver, FlowCPS) else steps  # the last step of CPS has no noise
+    if last == 0:
+        raise ConfigError("CPS draws no noise at its last step: with 1 step there is none to draw")
+    match solver.window:
+        case None:
+            return range(last)
+        case ProgressiveWindow() as window:
+            return _progressive(window, last, training_step)
+        case RandomWindow() as window:
+            return _random(window, last, training_step)
+        case (start, stop):
+            _check_inside(start, stop, steps)
+    if start == last:
+        raise ConfigError(f"window [{start}, {stop}) of CPS holds the last step only, which has no noise")
+    return range(start, min(stop, last))
 
 
-def _bounds(window: Window | None, steps: int, training_step: int) -> tuple[int, int]:
-    if window is None:
-        return 0, steps
-    if isinstance(window, tuple):
-        return window
-    if isinstance(window, ProgressiveWindow):
-        places = max(1, steps - window.size - window.start + 1)
-        first = window.start + training_step // window.every * window.stride % places
-        return first, first + window.size
-    low, high = window.range or (0, steps)
+def _progressive(window: ProgressiveWindow, last: int, training_step: int) -> range:
+    _check_inside(window.start, window.start + window.size, last)
+    places = last - window.size - window.start + 1
+    first = window.start + training_step // window.every * window.stride % places
+    return range(first, first + window.size)
+
+
+def _random(window: RandomWindow, last: int, training_step: int) -> range:
+    low, high = window.range or (0, last)
+    _check_inside(low, max(high, low + window.size), last)
     first = random.Random(window.seed * 1_000_003 + training_step).randint(low, high - window.size)
-    return first, first + window.size
+    return range(first, first + window.size)
+
+
+def _check_inside(start: int, stop: int, steps: int) -> None:
+    if not 0 <= start < stop <= steps:
+        raise ConfigError(f"window [{start}, {stop}) lies outside of the {steps} steps that can be drawn")
 
 
 PRECISION_PARTS = ("window", "first", "last", "rest")
 
 
-def step_precisions(
-    precision: Precision | Mapping[str, Precision | tuple[Precision, int]] | None, steps: int, drawn: range
-) -> list[Precision]:
+def step_precisions(precision: Precisions | None, steps: int, drawn: range) -> list[Precision]:
     """The precision of every step; "quantized" where nothing is said."""
     if precision is None or isinstance(precision, str):
         return [precision or "quantized"] * steps

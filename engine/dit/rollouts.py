@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from msgspec import Struct
+from msgspec.structs import replace
 from torch import Tensor
 
-from ...quant import ConfigError
+from ...quant import ConfigError, ModelError
 from ...weight_sync import Policy
-from ..errors import ClosedError
+from ..errors import ClosedError, PausedError, RequestError
 from ..step_gate import StepGate
 from .families import Embeds, Family, Size
 from .params import ODE, DiffusionParams, Solver, step_precisions, window_steps
 from .sample import DiffusionSample, Seeds
 from .schedule import Schedule, make_schedule
-from .solvers import draw_noise, log_density, make_steps
+from .solvers import StepNoise, draw_noise, log_density, make_steps
 from .transformer import Transformer
+
+SHARE = 16384  # elements that torch leaves to one thread; other operators than GELU do so with 32768
 
 
 class Wanted(Struct, frozen=True):
@@ -46,19 +49,16 @@ class Trajectory:
     """Collects what a batch of samples is to bring back."""
 
     def __init__(self, call: Call) -> None:
-        steps, window = call.params.steps, call.window
-        self.points = range(steps, steps + 1)
-        if "latents" in call.params.want:
-            self.points = range(steps + 1)
-        elif "latents:window" in call.params.want and window:
-            self.points = range(window.start, window.stop + 1)
+        self.points = _points(call)
         self.with_means = "means" in call.params.want
+        self.last = torch.empty(0)
         self.latents: list[Tensor] = []
         self.means: list[Tensor] = []
         self.logprobs: list[Tensor] = []
         self.stds: list[float] = []
 
     def keep(self, point: int, latents: Tensor) -> None:
+        self.last = latents
         if point in self.points:
             self.latents.append(latents)
 
@@ -67,6 +67,16 @@ class Trajectory:
         self.stds.append(std)
         if self.with_means:
             self.means.append(mean)
+
+
+def _points(call: Call) -> tuple[int, ...]:
+    """Of the trajectory, those whose latents come back."""
+    steps, window, want = call.params.steps, call.window, call.params.want
+    if "latents" in want:
+        return tuple(range(steps + 1))
+    around = range(window.start, window.stop + 1) if "latents:window" in want and window else range(0)
+    final = [steps] if "latents:final" in want or not around else []
+    return tuple(sorted({*around, *final}))
 
 
 class DiffusionRollouts:
@@ -91,41 +101,63 @@ class DiffusionRollouts:
         self.max_batch, self.boundary = max_batch, boundary
         self.first = next(iter(self.transformers.values()))
         self.gate = gate
+        if boundary is not None and len(self.transformers) < 2:
+            raise ModelError("the pipeline names a boundary_ratio between two transformers, and holds one only")
         self._may_run = threading.Event()
         self._may_run.set()
+        self._pauser: int | None = None  # the thread that paused
         self._closed = False
 
     # calls
 
     def plan(self, params: DiffusionParams, guidance: float | None, cfg: tuple[float, float] | None) -> Call:
         """Work out everything that the samples of a call share; errors come before anything is computed."""
+        if params.true_cfg_scale_2 is not None and self.boundary is None:
+            raise RequestError("true_cfg_scale_2 is for a second transformer, and this pipeline has none")
         size = self.family.size(params)
+        params = replace(params, height=size.height, width=size.width, guidance_scale=guidance)
         mu = self.family.mu(self.scheduler, size, params.steps)
         schedule = make_schedule(self.scheduler, params, mu, linear=self.family.LINEAR_SIGMAS)
         window = window_steps(params.solver, params.steps, params.training_step)
         named = step_precisions(params.precision, params.steps, window)
-        precisions = [self._check_precision(name) for name in named]
+        precisions = [self.check_precision(name) for name in named]
         return Call(params, size, guidance, cfg, schedule, window, precisions)
 
-    def _check_precision(self, name: str) -> str:
+    def check_precision(self, name: str) -> str:
+        """The name that the linears know; `ConfigError` if they cannot compute in it."""
         quant = self.first.resolver.plan.quant
         if name in ("quantized", quant):
             return "quantized"
-        possible = ["quantized", *([quant] if quant != "bf16" else [])]
+        possible = ["quantized", quant]
         if quant != "bf16":
             possible += ["weight_only", *(["bf16"] if self.first.dual else [])]
         if name in possible:
             return name
-        more = "" if self.first.dual else "; for 'bf16' open the engine with EngineConfig(dual='bf16')"
+        more = "" if "bf16" in possible else "; for 'bf16' open the engine with EngineConfig(dual='bf16')"
         raise ConfigError(f"precision {name!r} is not to be had here; possible: {', '.join(possible)}{more}")
 
     @torch.no_grad()
-    def run(self, call: Call, wanted: Sequence[Wanted]) -> list[DiffusionSample]:
-        """All samples, in the order asked for."""
+    def run(
+        self,
+        call: Call,
+        wanted: Sequence[Wanted],
+        decode: Callable[[Call, Tensor], Tensor] | None,
+        on_batch: Callable[[int], None],
+    ) -> list[DiffusionSample]:
+        """All samples, in the order asked for, with the images that `decode` makes of their last latents [1, ...].
+
+        `on_batch` hears of every batch, how many samples it had.
+        """
+        if self._pauser == threading.get_ident():
+            raise PausedError("this thread has paused the engine and would wait for itself: call resume() first")
         done: dict[int, DiffusionSample] = {}
         for places in self._batches(wanted):
-            batch = [wanted[place] for place in places]
-            done |= zip(places, self._run_batch(call, batch), strict=True)
+            trajectory, samples = self._run_batch(call, [wanted[place] for place in places])
+            if decode is not None:  # one by one: no image depends on its batch company, and a VAE wants much memory
+                images = [decode(call, last[None])[0] for last in trajectory.last]
+                samples = [replace(sample, image=image) for sample, image in zip(samples, images, strict=True)]
+            done |= zip(places, samples, strict=True)
+            on_batch(len(places))
         return [done[place] for place in range(len(wanted))]
 
     def _batches(self, wanted: Sequence[Wanted]) -> Iterator[list[int]]:
@@ -139,29 +171,31 @@ class DiffusionRollouts:
 
     # one batch
 
-    def _run_batch(self, call: Call, batch: Sequence[Wanted]) -> list[DiffusionSample]:
+    def _run_batch(self, call: Call, batch: Sequence[Wanted]) -> tuple[Trajectory, list[DiffusionSample]]:
         while True:
             self._may_run.wait()
-            if self._closed:
-                raise ClosedError("the engine has been closed")
             with self.gate.step(lambda: not self._may_run.is_set()) as entered:
+                if self._closed:
+                    raise ClosedError("the engine has been closed")
                 if entered:
                     self.policy.check_servable()
                     version = self.policy.version
                     assert version is not None
-                    return list(self._samples(call, batch, self._denoise(call, batch), version))
+                    trajectory = self._denoise(call, batch)
+                    return trajectory, list(self._samples(call, batch, trajectory, version))
 
     def _denoise(self, call: Call, batch: Sequence[Wanted]) -> Trajectory:
         params, held = call.params, getattr(torch, call.params.latents_dtype)
         device, shape = self.first.capability.device, self.family.noise_shape(call.size)
         latents = self.family.pack(draw_noise([one.seeds.init for one in batch], shape).to(device)).to(held)
+        step_noise = StepNoise([one.seeds.step for one in batch], shape)
         trajectory = Trajectory(call)
         trajectory.keep(0, latents)
         for i, step in enumerate(make_steps(params.solver, call.schedule.sigmas.tolist(), call.window)):
             velocity = self._velocity(call, i, latents, [one.embeds for one in batch]).float()
-            mean = latents.float() * step.x + velocity * step.v
+            mean = step.mean(latents.float(), velocity)
             if i in call.window:
-                noise = self.family.pack(draw_noise([one.seeds.step for one in batch], shape, i).to(device))
+                noise = self.family.pack(step_noise.draw(i).to(device))
                 latents = (mean + noise * step.std).to(held)
                 density = _density(params.solver, latents.float(), mean, step.std)
                 trajectory.drawn(mean, step.std, density)
@@ -171,9 +205,10 @@ class DiffusionRollouts:
         return trajectory
 
     def _velocity(self, call: Call, step: int, latents: Tensor, embeds: Sequence[Embeds]) -> Tensor:
-        timestep = call.schedule.timesteps[step].to(latents.device).expand(len(latents))
-        second = self.boundary is not None and float(timestep[0]) < self.boundary
-        transformer = list(self.transformers.values())[int(second)]
+        now = call.schedule.timesteps[step]
+        timestep = now.to(latents.device).expand(len(latents))
+        second = self.boundary is not None and float(now) < self.boundary
+        transformer = list(self.transformers.values())[int(second)]  # high noise, low noise
         with self.first.switch.at(call.precisions[step]):
             velocity = self._forward(transformer, call, latents, timestep, embeds)
             if call.cfg is None:
@@ -185,24 +220,39 @@ class DiffusionRollouts:
     def _forward(
         self, transformer: Transformer, call: Call, latents: Tensor, timestep: Tensor, embeds: Sequence[Embeds]
     ) -> Tensor:
-        inputs = self.family.inputs(latents.to(transformer.dtype), timestep, embeds, call.size, call.guidance)
-        return transformer.module(**inputs, return_dict=False)[0]
+        count = self._num_together(call, transformer, embeds)
+        outs: list[Tensor] = []
+        for start in range(0, len(latents), count):
+            part = slice(start, start + count)
+            now = latents[part].to(transformer.dtype)
+            inputs = self.family.inputs(now, timestep[part], embeds[part], call.size, call.guidance)
+            outs.append(transformer.module(**inputs, return_dict=False)[0])
+        return torch.cat(outs)
+
+    def _num_together(self, call: Call, transformer: Transformer, embeds: Sequence[Embeds]) -> int:
+        """How many samples one forward may hold.
+
+        On a CPU torch splits elementwise work over threads by the size of the whole batch, and computes the remainder
+        of every share with other instructions than the rest. One thread has no such shares, two have no remainder.
+        """
+        if transformer.capability.device.type != "cpu" or torch.get_num_threads() <= 2:
+            return len(embeds)
+        num_tokens = self.family.num_tokens(call.size) + max(len(one.prompt) for one in embeds)
+        return max(1, SHARE // (num_tokens * transformer.width))
 
     def _samples(
         self, call: Call, batch: Sequence[Wanted], trajectory: Trajectory, version: str
     ) -> Iterator[DiffusionSample]:
-        latents = torch.stack(trajectory.latents, 1)
         logprobs = torch.stack(trajectory.logprobs, 1).cpu() if trajectory.logprobs else None
-        means = torch.stack(trajectory.means, 1) if trajectory.means else None
         for i, one in enumerate(batch):
             yield DiffusionSample(
                 prompt_index=one.prompt_index,
-                latents=latents[i],
+                latents=torch.stack([latents[i] for latents in trajectory.latents]),  # memory of its own
                 points=trajectory.points,
                 window=call.window,
-                logprobs=logprobs[i] if logprobs is not None and "logprobs" in call.params.want else None,
+                logprobs=logprobs[i].clone() if logprobs is not None and "logprobs" in call.params.want else None,
                 stds=torch.tensor(trajectory.stds, dtype=torch.float32),
-                means=None if means is None else means[i],
+                means=torch.stack([mean[i] for mean in trajectory.means]) if trajectory.means else None,
                 sigmas=call.schedule.sigmas,
                 timesteps=call.schedule.timesteps,
                 precisions=call.precisions,
@@ -218,12 +268,18 @@ class DiffusionRollouts:
 
     def pause(self) -> None:
         """Returns once no batch is under way; the next ones wait for `resume`."""
+        self._pauser = threading.get_ident()
         self._may_run.clear()
         with self.gate.visit():
             pass
 
     def resume(self) -> None:
+        self._pauser = None
         self._may_run.set()
+
+    @property
+    def paused(self) -> bool:
+        return not self._may_run.is_set()
 
     def close(self) -> None:
         self._closed = True
@@ -231,8 +287,8 @@ class DiffusionRollouts:
 
 
 def _shapes(embeds: Embeds) -> tuple[Any, ...]:
-    parts = [tuple(part.shape) for part in (embeds.prompt, embeds.pooled, embeds.mask) if part is not None]
-    return (*parts, *(() if embeds.negative is None else ("negative", *_shapes(embeds.negative))))
+    parts = [None if part is None else tuple(part.shape) for part in (embeds.prompt, embeds.pooled, embeds.mask)]
+    return (*parts, None if embeds.negative is None else _shapes(embeds.negative))
 
 
 def _density(solver: Solver, latents: Tensor, mean: Tensor, std: float) -> Tensor:

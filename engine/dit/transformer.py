@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...quant import BF16, Capability, ModelError, Plain, Scheme, SiblingLinears, UnsupportedError, WeightSlot
+from ...quant import Capability, ModelError, Plain, Scheme, SiblingLinears, UnsupportedError, WeightShape, WeightSlot
 from ...quant.linear import plain_slot
 from ..schemes import SchemeResolver
-from .groups import sibling_linears
+from .groups import is_linear, sibling_linears
+from .slot_linear import Apply, PrecisionSwitch, SlotLinear
 
-Apply = Callable[[Tensor, Tensor | None], Tensor]  # x [num_tokens, in_features], bias
-
-
-class PrecisionSwitch:
-    """The precision that all linears of an engine compute in right now."""
-
-    def __init__(self) -> None:
-        self.now = "quantized"
-
-    @contextmanager
-    def at(self, precision: str) -> Any:
-        before, self.now = self.now, precision
-        try:
-            yield
-        finally:
-            self.now = before
-
-
-class SlotLinear(nn.Module):
-    """Takes the place of a `nn.Linear`: x [..., in_features] -> [..., out_features] through the kernel of its slot.
-
-    `ways`: precision -> how; a precision that is not among them is computed as "quantized". `per_sample`: a scale is
-    taken over the first dimension's items one by one, so that no sample sees its neighbours.
-    """
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        ways: Mapping[str, Apply],
-        switch: PrecisionSwitch,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        *,
-        per_sample: bool,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.ways, self.switch, self.per_sample, self.dtype = dict(ways), switch, per_sample, dtype
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """Dtype, shape and device of the weight, without its values: what models look at."""
-        return torch.empty((), dtype=self.dtype).expand(self.out_features, self.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        apply = self.ways.get(self.switch.now) or self.ways["quantized"]
-        if self.per_sample and x.ndim > 1:
-            outs = [apply(sample.reshape(-1, self.in_features), self.bias) for sample in x]
-            return torch.stack(outs).view(*x.shape[:-1], self.out_features)
-        return apply(x.reshape(-1, self.in_features), self.bias).view(*x.shape[:-1], self.out_features)
+__all__ = ["PrecisionSwitch", "Transformer", "transformer_class"]
 
 
 class Transformer:
@@ -89,12 +40,32 @@ class Transformer:
         self.capability, self.dtype, self.linear_kernel, self.dual = capability, dtype, linear_kernel, dual
         self.slots: list[WeightSlot] = []
         self.twins: dict[WeightSlot, WeightSlot] = {}
-        self.module = _empty_model(config)
-        self._wide = tuple(getattr(self.module, "_keep_in_fp32_modules", None) or ())
+        self.module = empty_model(config)
+        wide = getattr(self.module, "_keep_in_fp32_modules", None) or ()
+        self._wide = frozenset([wide] if isinstance(wide, str) else wide)
+        self._refused: dict[str, str] = {}  # module -> why it cannot be quantized
         for group, fused in list(sibling_linears(self.module)):
             for members in self._alike(group):
                 self._replace(members, fused if len(members) == len(group) else None)
         self._bind_rest()
+        self._check_refused()
+        for module in self.module.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                _compute_sample_by_sample(module)
+
+    def unquantized_modules(self) -> list[str]:
+        """Linears and convolutions that are served as they are, by the names that the model gives them."""
+        convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+        return [
+            path
+            for path, module in self.module.named_modules()
+            if (isinstance(module, SlotLinear) and not module.quantized) or isinstance(module, convolutions | nn.Linear)
+        ]
+
+    @property
+    def width(self) -> int:
+        """Of the widest linear's input."""
+        return max(module.in_features for module in self.module.modules() if isinstance(module, SlotLinear))
 
     def _alike(self, group: Sequence[str]) -> list[Sequence[str]]:
         """The group whole, or one by one where its members are stored unequally."""
@@ -103,57 +74,83 @@ class Transformer:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         """What a parameter is served in: some models keep some modules in float32."""
-        return torch.float32 if set(name.split(".")) & set(self._wide) else self.dtype
+        return torch.float32 if self._is_wide(name) else self.dtype
+
+    def _is_wide(self, name: str) -> bool:
+        return not self._wide.isdisjoint(name.split("."))
 
     def _plain(self, name: str, tensor: str = "weight") -> Plain:
-        wide = self.dtype != torch.float32 and self._dtype_of(name) == torch.float32
-        return Plain(dtype=torch.float32 if wide else torch.bfloat16, tensor=tensor)
+        return Plain(dtype=torch.float32 if self._is_wide(name) else torch.bfloat16, tensor=tensor)
 
     def _replace(self, modules: Sequence[str], fused: str | None) -> None:
-        linears = [self.module.get_submodule(module) for module in modules]
+        linears: list[Any] = [self.module.get_submodule(module) for module in modules]
         scheme = self.resolver.scheme(modules)
-        if isinstance(scheme, Plain):
+        quantized = not isinstance(scheme, Plain)
+        if not quantized:
             scheme = self._plain(modules[0])
-        quantized = self._siblings(modules, linears, scheme, fused)
-        self.slots.append(quantized.slot)
+        try:
+            scheme.matrices(WeightShape((1,), linears[0].in_features))
+        except UnsupportedError as error:  # told of all such modules together
+            self._refused |= dict.fromkeys(modules, str(error).splitlines()[0])
+            return
+        served = self._siblings(modules, linears, scheme, fused)
+        self.slots.append(served.slot)
         twin = None
-        if self.dual and not isinstance(scheme, Plain):
-            twin = self._siblings(modules, linears, BF16, fused, suffix="@bf16")
-            self.twins[quantized.slot] = twin.slot
+        if self.dual and quantized:
+            twin = self._siblings(modules, linears, self._plain(modules[0]), fused, suffix="@bf16")
+            self.twins[served.slot] = twin.slot
+        biases = self._biases(modules, linears, fused)
         for shard, (module, linear) in enumerate(zip(modules, linears, strict=True)):
-            assert isinstance(linear, nn.Linear)
-            bias = None if linear.bias is None else self._slot_tensor(f"{module}.bias", linear.bias)
-            ways: dict[str, Apply] = {"quantized": _bound(quantized.apply, shard)}
-            if not isinstance(scheme, Plain):
-                ways["weight_only"] = _bound(quantized.apply_weight_only, shard)
-            if twin is not None:
-                ways["bf16"] = _bound(twin.apply, shard)
-            per_sample = scheme.activation == "per_tensor"
-            replaced = SlotLinear(linear, ways, self.switch, bias, self._dtype_of(module), per_sample=per_sample)
+            dtype = self._dtype_of(module)
+            replaced = SlotLinear(
+                module,
+                linear,
+                _ways(served, twin, shard),
+                self.switch,
+                biases[shard],
+                dtype=dtype,
+                device=self.capability.device,
+                read=None if quantized else _reader(served.slot.tensors[f"{shard}.weight"], dtype),
+                per_sample=scheme.activation == "per_tensor",
+            )
             self.module.set_submodule(module, replaced)
+
+    def _biases(self, modules: Sequence[str], linears: Sequence[Any], fused: str | None) -> list[Tensor | None]:
+        """Served biases; in one slot where all siblings have one, so that a trainer may send them joined."""
+        if fused is None or any(linear.bias is None for linear in linears):
+            pairs = zip(modules, linears, strict=True)
+            return [None if one.bias is None else self._slot_tensor(f"{name}.bias", one.bias) for name, one in pairs]
+        rows = [linear.out_features for linear in linears]
+        tensor = self._add_plain([f"{module}.bias" for module in modules], rows, fused=fused)
+        return list(tensor.split(rows))
 
     def _siblings(
         self, modules: Sequence[str], linears: Sequence[Any], scheme: Scheme, fused: str | None, suffix: str = ""
     ) -> SiblingLinears:
         parent, _, first = modules[0].rpartition(".")
         leaves = "+".join([first, *(module.rpartition(".")[2] for module in modules[1:])])
-        return SiblingLinears(
-            self._full(f"{parent}.{leaves}" if parent else leaves) + suffix,
-            [self._full(module) for module in modules],
-            [linear.out_features for linear in linears],
-            linears[0].in_features,
-            scheme,
-            capability=self.capability,
-            dtype=self._dtype_of(modules[0]),
-            kernel=self.linear_kernel,
-            fused=[] if fused is None else [self._full(fused)],
-        )
+        try:
+            return SiblingLinears(
+                self._full(f"{parent}.{leaves}" if parent else leaves) + suffix,
+                [self._full(module) for module in modules],
+                [linear.out_features for linear in linears],
+                linears[0].in_features,
+                scheme,
+                capability=self.capability,
+                dtype=self._dtype_of(modules[0]),
+                kernel=self.linear_kernel,
+                fused=[] if fused is None else [self._full(fused)],
+            )
+        except UnsupportedError as error:  # of the kernel
+            raise UnsupportedError(f"{modules[0]}: {str(error).splitlines()[0]}", error.reasons) from error
 
     def _bind_rest(self) -> None:
         """Every other parameter and persistent buffer becomes a view of a slot; its module never notices."""
         for path, module in list(self.module.named_modules()):
             if isinstance(module, SlotLinear):
                 continue
+            if isinstance(module, nn.Linear) and not is_linear(module):
+                self._check_bf16(path, module)
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 tensor = self._slot_tensor(f"{path}.{leaf}" if path else leaf, parameter)
                 setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -162,23 +159,80 @@ class Transformer:
                 stored = leaf not in module._non_persistent_buffers_set
                 setattr(module, leaf, self._slot_tensor(name, buffer) if stored else buffer.to(self.capability.device))
 
+    def _check_bf16(self, path: str, module: nn.Linear) -> None:
+        """A linear that does more than multiply (or whose parent reads its weight) is served as it is, in BF16."""
+        if not isinstance(self.resolver.scheme([path]), Plain):
+            self._refused[path] = f"a {type(module).__name__} is more than a linear layer, and is not replaced"
+
     def _slot_tensor(self, name: str, like: Tensor) -> Tensor:
         """A new slot's served tensor, in the shape of `like`."""
         if not like.is_floating_point():
             raise UnsupportedError(f"{name} is stored in {like.dtype}", ["only floating-point tensors can be swapped"])
-        module, _, leaf = self._full(name).rpartition(".")
         rows, *trailing = like.shape or (1,)
-        dtype = self._dtype_of(name)
-        slot = plain_slot([module], [rows], None, self._plain(name, leaf), self.capability, dtype, trailing=trailing)
+        return self._add_plain([name], [rows], trailing=trailing).view(like.shape)
+
+    def _add_plain(
+        self, names: Sequence[str], rows: Sequence[int], *, trailing: Sequence[int] = (), fused: str | None = None
+    ) -> Tensor:
+        """The served tensor of a new slot that is not quantized, over the tensors `names`."""
+        leaf, dtype = names[0].rpartition(".")[2], self._dtype_of(names[0])
+        slot = plain_slot(
+            [self._full(name).rpartition(".")[0] for name in names],
+            rows,
+            None,
+            self._plain(names[0], leaf),
+            self.capability,
+            dtype,
+            fused=[] if fused is None else [self._full(fused)],
+            trailing=trailing,
+        )
         self.slots.append(slot)
-        return slot.tensors[leaf].view(like.shape)
+        return slot.tensors[leaf]
+
+    def _check_refused(self) -> None:
+        """One error for all linears that the scheme cannot hold, and what to write to keep them."""
+        if not self._refused:
+            return
+        reasons: dict[str, list[str]] = {}
+        for module, why in self._refused.items():
+            reasons.setdefault(why, []).append(module)
+        listed = [
+            f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}: {why}"
+            for why, names in reasons.items()
+        ]
+        patterns = [re.sub(r"(?<=\.)\d+(?=\.)", "*", module) for module in self._refused]
+        keep = list(dict.fromkeys([*self.resolver.plan.keep, *patterns]))
+        raise UnsupportedError(
+            f"{len(self._refused)} modules of {self.config.get('_class_name')} cannot be quantized as asked",
+            [*listed, f"keep them in BF16: EngineConfig(keep={keep})"],
+        )
 
     def _full(self, name: str) -> str:
         return f"{self.name}.{name}"
 
 
+def _ways(served: SiblingLinears, twin: SiblingLinears | None, shard: int) -> dict[str, Apply]:
+    """Precision -> how to compute one sibling."""
+    ways: dict[str, Apply] = {"quantized": _bound(served.apply, shard)}
+    if not isinstance(served.scheme, Plain):
+        ways["weight_only"] = _bound(served.apply_weight_only, shard)
+    if twin is not None:
+        ways["bf16"] = _bound(twin.apply, shard)
+    return ways
+
+
+def _compute_sample_by_sample(conv: nn.Module) -> None:
+    """Libraries choose a convolution's order of sums by the whole batch: no sample is to notice its company."""
+    forward = conv.forward
+    conv.forward = lambda x: torch.cat([forward(sample[None]) for sample in x])
+
+
 def _bound(apply: Callable[[int, Tensor, Tensor | None], Tensor], shard: int) -> Apply:
     return lambda x, bias: apply(shard, x, bias)
+
+
+def _reader(weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: weight.to(dtype)
 
 
 def transformer_class(name: str) -> Any:
@@ -191,7 +245,7 @@ def transformer_class(name: str) -> Any:
     return found
 
 
-def _empty_model(config: Mapping[str, Any]) -> Any:
+def empty_model(config: Mapping[str, Any]) -> Any:
     """The model with parameters on the meta device and buffers in place (tables that are computed, not stored)."""
     from accelerate import init_empty_weights
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from ...quant import AmaxMeter
 from ..config import EngineConfig
 from ..llm.engine import LanguageEngine
+from .report import Progress
 from .texts import read_sequences
-
-Progress = Callable[[str, int, int], None]  # phase, done, total
 
 
 class Calibration:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from msgspec import Struct
 
 from ...quant import Capability, ConfigError, Plain, UnsupportedError
 from ...weight_sync import SyncPlan
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, is_diffusers
 from ..config import EngineConfig
 from ..env import Toggles
 from ..llm.decoder import Decoder
@@ -24,8 +21,10 @@ from ..llm.models import find_family
 from ..llm.parts import Parts
 from ..schemes import SchemeResolver
 from ..sync_plan import make_sync_plan
-from .calibration import Calibration, Progress, calibrate
+from .building import building, check_empty
+from .calibration import Calibration, calibrate
 from .layout import QuantFormat, hf_quant_config, quantization_config
+from .report import ExportReport, Progress
 from .shards import ShardWriter
 from .weights import SourceWeights, stored_tensors
 
@@ -43,28 +42,6 @@ COPIED_FILES = (  # what goes along as it is
     "*.py",
     "LICENSE*",
 )
-
-
-class ExportReport(Struct, frozen=True):
-    """What was written. `activation`: how an engine that opens the folder quantizes activations.
-
-    `modules` counts the quantized ones; `kept` names those in BF16 (norms and biases aside); `calibration_tokens` is
-    None where no texts were given.
-    """
-
-    folder: str
-    quant: QuantFormat
-    activation: str
-    modules: int
-    kept: tuple[str, ...]
-    tensors: int
-    files: int
-    bytes_in: int
-    bytes_out: int
-    calibration_sequences: int | None
-    calibration_tokens: int | None
-    seconds: float
-    warnings: tuple[str, ...] = ()
 
 
 def quantize_checkpoint(
@@ -86,7 +63,12 @@ def quantize_checkpoint(
     file, or .jsonl with "text" or "messages") the BF16 engine runs over up to `sequences` x `tokens_per_sequence`
     tokens, and every quantized module gets `input_scale` = amax / 448 (FP8) or amax / 2688 (NVFP4). Without, no
     `input_scale` is written and activations are quantized per token. `out` appears once its last byte is written.
+    A diffusion transformer goes through `quantize_diffusion`.
     """
+    if is_diffusers(path):
+        raise UnsupportedError(
+            f"{path} is no language model", ["use quantize_diffusion, which takes embeds, not texts"]
+        )
     start, out = time.perf_counter(), Path(out)
     _check_request(out, tokens_per_sequence, sequences)
     checkpoint = Checkpoint(path)
@@ -104,7 +86,7 @@ def quantize_checkpoint(
                 device=device,
                 progress=progress,
             )
-        with _building(out) as folder:
+        with building(out) as folder:
             writer = ShardWriter(folder, max_shard_bytes)
             files = _write_tensors(writer, source, calibration, progress)
             _write_configs(folder, checkpoint, quant, kept_modules(plan), static=calibration is not None)
@@ -150,23 +132,7 @@ def kept_modules(plan: SyncPlan) -> list[str]:
 def _check_request(out: Path, tokens_per_sequence: int, sequences: int) -> None:
     if tokens_per_sequence < 1 or sequences < 1:
         raise ConfigError(f"{sequences} sequences of {tokens_per_sequence} tokens: both must be at least 1")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already and is not empty; choose another folder or remove it")
-
-
-@contextmanager
-def _building(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at a clean end, and vanishes otherwise."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.building-"))
-    try:
-        yield building
-        building.chmod(0o755)  # mkdtemp's 0o700 would hide the folder from other readers
-        if out.exists():
-            out.rmdir()  # empty, as was checked
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    check_empty(out)
 
 
 def _write_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from ...quant.scheme import GROUP_SIZE
@@ -37,3 +37,27 @@ def quantization_config(quant: QuantFormat, kept: Sequence[str], *, static: bool
         "producer": PRODUCER,
         "quant_method": "modelopt",
     }
+
+
+def summarize_modules(kept: Collection[str], quantized: Collection[str]) -> list[str]:
+    """The kept modules as ModelOpt lists them: `prefix*` for the shortest dotted prefix that no quantized module
+    begins with, whole names of modules at the top."""
+    listed: set[str] = set()
+    for module in kept:
+        listed |= next(patterns for patterns in _patterns(module) if not _matches(patterns, quantized))
+    return sorted(listed)
+
+
+def _patterns(module: str) -> Iterator[set[str]]:
+    """From the widest to the module itself: a prefix with whatever follows, or with its own sub-tree only."""
+    parts = module.split(".")
+    for length in range(1, len(parts)):
+        prefix = ".".join(parts[:length])
+        yield {f"{prefix}*"}
+        yield {prefix, f"{prefix}.*"}
+    yield {module}
+
+
+def _matches(patterns: Collection[str], modules: Collection[str]) -> bool:
+    starts = tuple(pattern.removesuffix("*") for pattern in patterns if pattern.endswith("*"))
+    return any(module.startswith(starts) or module in patterns for module in modules)

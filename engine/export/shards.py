@@ -8,14 +8,17 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...weight_sync.sources.safetensors_files import INDEX
+STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 
 class ShardWriter:
-    """Collects tensors and writes a file whenever the next one would pass `max_bytes`; holds one file's at most."""
+    """Collects tensors and writes a file whenever the next one would pass `max_bytes`; holds one file's at most.
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+    `stem`: what the files are called, as transformers ("model") or diffusers does.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, stem: str = STEM) -> None:
+        self.folder, self.max_bytes, self.stem = folder, max_bytes, stem
         self.pending: dict[str, Tensor] = {}
         self.pending_bytes = self.total_bytes = 0
         self.files: list[list[str]] = []  # the names of each file's tensors
@@ -30,18 +33,18 @@ class ShardWriter:
         self.total_bytes += value.nbytes
 
     def close(self) -> int:
-        """Write what is left, name the files as transformers does; returns their number."""
+        """Write what is left, name the files; returns their number."""
         self._flush()
         count = len(self.files)
-        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = [f"{self.stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         if count == 1:
-            names = ["model.safetensors"]
+            names = [f"{self.stem}.safetensors"]
         for number, name in enumerate(names):
             self._part(number).rename(self.folder / name)
         if count > 1:
             listed = {tensor: file for file, tensors in zip(names, self.files, strict=True) for tensor in tensors}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(listed.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         return count
 
     def _flush(self) -> None:

@@ -139,11 +139,11 @@ def stored_tensors(source: SourceWeights, amax: Mapping[str, Tensor]) -> Iterato
             if slot.name in amax:
                 input_scale = decode_scale(amax[slot.name], slot.scheme.code_max)
                 stored["input_scale"] = input_scale.expand(len(modules))
-            yield [named for shard in range(len(modules)) for named in _shard_tensors(slot, modules, shard, stored)]
+            yield [named for shard in range(len(modules)) for named in shard_tensors(slot, modules, shard, stored)]
     yield [(name, source.tensor(name)) for name in source.tied]
 
 
-def _shard_tensors(
+def shard_tensors(
     slot: WeightSlot, modules: Collection[str], shard: int, stored: Mapping[str, Tensor]
 ) -> Iterator[Named]:
     """One module's tensors: its rows of the matrices, its own value of the scales (0-dim)."""

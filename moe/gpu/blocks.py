@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...quant.gpu.device import on_own_device
+
 CHUNK = 1024  # pairs, or places, of a program
 
 
@@ -55,6 +57,7 @@ def _place_kernel(
             tl.store(experts_ptr + first_block + i, expert, mask=i < blocks)
 
 
+@on_own_device
 def make_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor]:
     """ids int [tokens, top_k] -> pairs int32 [blocks * block] (what pads is tokens * top_k), experts int32 [blocks].
 

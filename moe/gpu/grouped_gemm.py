@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...quant.gpu.device import on_own_device
+
 GROUP = tl.constexpr(16)  # weights of one block scale
 SCALE_EXPONENT = tl.constexpr((127 - 12 + 118) << 7)  # BF16 bits of 2**118 over the bias of a UE5M3 scale
 EPILOGUE = tl.constexpr(256.0)  # 2**126 / 2**118
@@ -277,6 +279,7 @@ def finalize_kernel(x_ptr, weight_ptr, out_ptr, N, TOP_K: tl.constexpr, COLS: tl
     tl.store(out_ptr + token * N + col, total.to(tl.bfloat16), mask=inside)
 
 
+@on_own_device
 def finalize(x: Tensor, weights: Tensor) -> Tensor:
     """BF16 [tokens, top_k, N], float32 [tokens, top_k] -> BF16 [tokens, N]."""
     tokens, top_k, N = x.shape

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,32 @@ DEPTH = 128  # along K: of one step of an NVFP4 product, whose weights are packe
 # shape: benchmarks/NOTES.md.
 Tiles = tuple[tuple[float, tuple[int, int, int, int, int]], ...]
 FP8_TILES: dict[str, Tiles] = {
-    "w13": ((12, (64, 16, 256, 4, 3)), (24, (128, 32, 256, 4, 3)), (float("inf"), (64, 128, 128, 4, 4))),
-    "w2": ((12, (128, 16, 256, 8, 2)), (24, (128, 32, 256, 8, 2)), (float("inf"), (128, 128, 128, 8, 3))),
+    "w13": (
+        (12, (64, 16, 256, 4, 3)),
+        (24, (128, 32, 256, 4, 3)),
+        (96, (128, 32, 128, 8, 3)),
+        (float("inf"), (128, 128, 128, 8, 4)),
+    ),
+    "w2": (
+        (12, (128, 16, 256, 8, 2)),
+        (24, (128, 32, 256, 8, 2)),
+        (96, (128, 32, 128, 4, 3)),
+        (float("inf"), (128, 128, 128, 4, 3)),
+    ),
 }
 NVFP4_TILES: dict[str, Tiles] = {
-    "w13": ((12, (64, 16, DEPTH, 2, 3)), (24, (128, 32, DEPTH, 4, 2)), (float("inf"), (64, 128, DEPTH, 4, 3))),
-    "w2": ((12, (128, 16, DEPTH, 4, 3)), (24, (128, 32, DEPTH, 4, 3)), (float("inf"), (128, 128, DEPTH, 8, 3))),
+    "w13": (
+        (12, (64, 16, DEPTH, 2, 3)),
+        (24, (128, 32, DEPTH, 4, 2)),
+        (96, (64, 64, DEPTH, 4, 3)),
+        (float("inf"), (64, 128, DEPTH, 4, 3)),
+    ),
+    "w2": (
+        (12, (128, 16, DEPTH, 4, 3)),
+        (24, (128, 32, DEPTH, 4, 3)),
+        (96, (128, 64, DEPTH, 4, 3)),
+        (float("inf"), (128, 128, DEPTH, 4, 3)),
+    ),
 }
 
 
@@ -46,9 +67,6 @@ class GroupedFP8:
 
     def derive(self, scales: Stored) -> dict[str, Tensor]:
         return {"row_scale": self.scheme.row_scale(scales, self.shape).clone()}
-
-    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
-        raise NotImplementedError("experts are computed together, by the runner")
 
 
 class GroupedNVFP4:
@@ -87,9 +105,6 @@ class GroupedNVFP4:
 
     def derive(self, scales: Stored) -> dict[str, Tensor]:
         return {"row_scale": self.scheme.row_scale(scales, self.shape).clone()}
-
-    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
-        raise NotImplementedError("experts are computed together, by the runner")
 
 
 def ue5m3(scales: Tensor) -> Tensor:
@@ -143,7 +158,8 @@ class TritonRunner:
         if not len(x):
             return x
         products = self._fp8 if isinstance(self.scheme, FP8) else self._nvfp4
-        outs = products(x.contiguous(), ids, w13, w2)
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            outs = products(x.contiguous(), ids.contiguous(), w13, w2)
         return finalize(outs.view(*ids.shape, -1), weights.float().contiguous())
 
     def _tile(self, tiles: dict[str, Tiles], weight: str, num_pairs: int) -> tuple[int, int, int, int, int]:
@@ -152,8 +168,10 @@ class TritonRunner:
 
     def _fp8(self, x: Tensor, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         from ...quant.gpu.quantize import quantize_fp8
-        from ..gpu import grouped_gemm as kernels
+        from ..gpu import grouped_gemm
         from ..gpu.blocks import make_blocks
+
+        kernels: Any = grouped_gemm  # to a type checker they take no launch options
 
         config, num_pairs = self.config, ids.numel()
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -177,8 +195,10 @@ class TritonRunner:
         return out
 
     def _nvfp4(self, x: Tensor, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        from ..gpu import grouped_gemm as kernels
+        from ..gpu import grouped_gemm
         from ..gpu.blocks import make_blocks
+
+        kernels: Any = grouped_gemm  # to a type checker they take no launch options
 
         config, num_pairs = self.config, ids.numel()
         hidden, inner = config.hidden_size, config.intermediate_size

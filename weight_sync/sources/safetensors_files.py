@@ -13,6 +13,7 @@ from torch import Tensor
 from ...quant import ModelError
 
 INDEX = "model.safetensors.index.json"
+DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
 class SafetensorsSource:
@@ -57,8 +58,8 @@ def _find_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ModelError(f"{path} does not exist; give a folder with safetensors files")
-    index = path / INDEX
-    if not index.is_file():
+    index = next((path / name for name in (INDEX, DIFFUSERS_INDEX) if (path / name).is_file()), None)
+    if index is None:
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{path} holds no *.safetensors file")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ....quant import UnsupportedError
 from .family import Embeds, Family, Size
 from .flux import Flux
@@ -12,7 +14,7 @@ from .wan import Wan
 
 FAMILIES: tuple[type[Family], ...] = (Flux, Flux2, QwenImage, SD3, Wan)
 
-__all__ = ["FAMILIES", "Embeds", "Family", "Size", "find_family"]
+__all__ = ["FAMILIES", "Embeds", "Family", "Size", "default_keep", "find_family"]
 
 
 def find_family(transformer: str) -> type[Family]:
@@ -21,3 +23,8 @@ def find_family(transformer: str) -> type[Family]:
     if transformer not in known:
         raise UnsupportedError(f"no rollouts for {transformer}", [f"known: {', '.join(known)}"])
     return known[transformer]
+
+
+def default_keep(transformer: str) -> Sequence[str]:
+    """What stays in BF16 unasked; of a model that has no family, nothing."""
+    return next((family.KEEP for family in FAMILIES if transformer == family.TRANSFORMER), ())

@@ -9,6 +9,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from ....quant import UnsupportedError
 from ...errors import RequestError
 from ..params import DiffusionParams
 
@@ -39,10 +40,12 @@ class Family(Protocol):
     """
 
     TRANSFORMER: ClassVar[str]  # diffusers' class
-    SCHEDULER: ClassVar[Mapping[str, Any]]  # FlowMatchEulerDiscreteScheduler's config where no pipeline brings one
     KEEP: ClassVar[tuple[str, ...]]  # modules that stay in BF16 where BF16 weights are quantized: ModelOpt's recipe
     LINEAR_SIGMAS: ClassVar[bool]  # the pipeline hands sigmas 1 ... 1 / steps to the scheduler
-    POOLED: ClassVar[bool]  # reads a pooled embedding, too
+    MASKED: ClassVar[bool]  # reads a mask of the prompt's tokens
+    text_width: int  # of the prompt's embeddings
+    pooled_width: int | None  # of the pooled embedding; None: reads none
+    scheduler: Mapping[str, Any]  # FlowMatchEulerDiscreteScheduler's config where no pipeline brings one
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None: ...
 
@@ -52,6 +55,10 @@ class Family(Protocol):
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         """Of one sample."""
+        ...
+
+    def num_tokens(self, size: Size) -> int:
+        """Of the image or video, in the transformer's attention."""
         ...
 
     def pack(self, noise: Tensor) -> Tensor:
@@ -80,13 +87,23 @@ class Family(Protocol):
         """Classifier-free guidance."""
         ...
 
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> list[Embeds]:
-        """Prompts through the pipeline's text encoders."""
+    def encode(self, pipeline: Any, prompt: str) -> Embeds:
+        """A prompt through the pipeline's text encoders."""
         ...
 
     def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:
         """Packed latents -> uint8 [batch, height, width, 3], or [batch, frames, height, width, 3]."""
         ...
+
+
+def check_text_to_image(config: Mapping[str, Any]) -> None:
+    """`UnsupportedError` for a model that reads an image beside its latents (Fill, I2V)."""
+    taken, made = config["in_channels"], config.get("out_channels")
+    if made is not None and made != taken:
+        raise UnsupportedError(
+            f"rollouts of this {config.get('_class_name')}",
+            [f"it takes {taken} channels and makes {made}: only models from text alone are built"],
+        )
 
 
 def image_size(params: DiffusionParams, pixels: int, multiple: int) -> Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,17 @@ from torch import Tensor
 
 from ..params import DiffusionParams
 from ..schedule import resolution_shift
-from .family import Embeds, Size, distilled_guidance, image_size, plain_cfg, stack_pooled, stack_prompts, to_uint8
+from .family import (
+    Embeds,
+    Size,
+    check_text_to_image,
+    distilled_guidance,
+    image_size,
+    plain_cfg,
+    stack_pooled,
+    stack_prompts,
+    to_uint8,
+)
 from .tokens import grid_ids, patches_to_tokens, tokens_to_patches
 
 
@@ -18,22 +29,28 @@ class Flux:
     """Tokens of 2 x 2 latent pixels; ids [tokens, 3] give every token's row and column."""
 
     TRANSFORMER: ClassVar[str] = "FluxTransformer2DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {"shift": 3.0, "use_dynamic_shifting": True}
     KEEP: ClassVar[tuple[str, ...]] = ("proj_out", "time_text_embed*", "context_embedder*", "x_embedder*", "norm_out*")
     LINEAR_SIGMAS: ClassVar[bool] = True
-    POOLED: ClassVar[bool] = True
+    MASKED: ClassVar[bool] = False
     GUIDANCE: ClassVar[float] = 3.5
     PIXELS: ClassVar[int] = 1024
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None:
+        check_text_to_image(config)
         self.channels, self.vae_scale = config["in_channels"] // 4, vae_scale
+        self.text_width, self.pooled_width = config["joint_attention_dim"], config["pooled_projection_dim"]
         self.distilled = bool(config.get("guidance_embeds", False))
+        dev = {"shift": 3.0, "use_dynamic_shifting": True}
+        self.scheduler: Mapping[str, Any] = dev if self.distilled else {"shift": 1.0}
 
     def size(self, params: DiffusionParams) -> Size:
         return image_size(params, self.PIXELS, 2 * self.vae_scale)
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         return self.channels, size.height // self.vae_scale, size.width // self.vae_scale
+
+    def num_tokens(self, size: Size) -> int:
+        return math.prod(self.noise_shape(size)[1:]) // 4
 
     def pack(self, noise: Tensor) -> Tensor:
         return patches_to_tokens(noise)
@@ -42,8 +59,7 @@ class Flux:
         return tokens_to_patches(latents, *self.noise_shape(size)[1:])
 
     def mu(self, scheduler: Any, size: Size, steps: int) -> float | None:
-        _, height, width = self.noise_shape(size)
-        return resolution_shift(scheduler, height * width // 4)
+        return resolution_shift(scheduler, self.num_tokens(size))
 
     def guidance(self, params: DiffusionParams) -> float | None:
         return distilled_guidance(params, self.GUIDANCE if self.distilled else None)
@@ -66,9 +82,9 @@ class Flux:
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         return plain_cfg(with_prompt, without, scale)
 
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> list[Embeds]:
-        prompt, pooled_prompt, _ = pipeline.encode_prompt(prompt=list(prompts), prompt_2=None)
-        return [Embeds(*pair) for pair in zip(prompt, pooled_prompt, strict=True)]
+    def encode(self, pipeline: Any, prompt: str) -> Embeds:
+        embeds, pooled, _ = pipeline.encode_prompt(prompt=[prompt], prompt_2=None)
+        return Embeds(embeds[0], pooled[0])
 
     def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:
         vae = pipeline.vae

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,14 +10,23 @@ import torch
 from torch import Tensor
 
 from ..params import DiffusionParams
-from .family import Embeds, Size, distilled_guidance, image_size, plain_cfg, stack_prompts, to_uint8
+from .family import (
+    Embeds,
+    Size,
+    check_text_to_image,
+    distilled_guidance,
+    image_size,
+    plain_cfg,
+    stack_prompts,
+    to_uint8,
+)
 
 
 class Flux2:
     """Tokens are latent pixels that hold 2 x 2 patches already; ids [batch, tokens, 4]: (time, row, column, text)."""
 
     TRANSFORMER: ClassVar[str] = "Flux2Transformer2DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {"shift": 3.0, "use_dynamic_shifting": True}
+    scheduler: Mapping[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True}
     KEEP: ClassVar[tuple[str, ...]] = (
         "proj_out",
         "time_guidance_embed*",
@@ -26,12 +36,15 @@ class Flux2:
         "*stream_modulation*",
     )
     LINEAR_SIGMAS: ClassVar[bool] = True
-    POOLED: ClassVar[bool] = False
+    MASKED: ClassVar[bool] = False
     GUIDANCE: ClassVar[float] = 4.0
     PIXELS: ClassVar[int] = 1024
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None:
+        check_text_to_image(config)
         self.channels, self.vae_scale = config["in_channels"], vae_scale
+        self.text_width = config["joint_attention_dim"]
+        self.pooled_width: int | None = None
         self.distilled = bool(config.get("guidance_embeds", True))
 
     def size(self, params: DiffusionParams) -> Size:
@@ -40,6 +53,9 @@ class Flux2:
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         return self.channels, size.height // (2 * self.vae_scale), size.width // (2 * self.vae_scale)
 
+    def num_tokens(self, size: Size) -> int:
+        return math.prod(self.noise_shape(size)[1:])
+
     def pack(self, noise: Tensor) -> Tensor:
         return noise.flatten(2).mT
 
@@ -47,8 +63,7 @@ class Flux2:
         return latents.mT.unflatten(2, self.noise_shape(size)[1:])
 
     def mu(self, scheduler: Any, size: Size, steps: int) -> float | None:
-        _, height, width = self.noise_shape(size)
-        return _empirical_mu(height * width, steps)
+        return _empirical_mu(self.num_tokens(size), steps)
 
     def guidance(self, params: DiffusionParams) -> float | None:
         return distilled_guidance(params, self.GUIDANCE if self.distilled else None)
@@ -73,9 +88,8 @@ class Flux2:
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         return plain_cfg(with_prompt, without, scale)
 
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> list[Embeds]:
-        prompt, _ = pipeline.encode_prompt(prompt=list(prompts))
-        return [Embeds(one) for one in prompt]
+    def encode(self, pipeline: Any, prompt: str) -> Embeds:
+        return Embeds(pipeline.encode_prompt(prompt=[prompt])[0][0])
 
     def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:
         vae = pipeline.vae

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ class QwenImage:
     """Tokens of 2 x 2 latent pixels; text of any length, without padding."""
 
     TRANSFORMER: ClassVar[str] = "QwenImageTransformer2DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {
+    scheduler: Mapping[str, Any] = {
         "use_dynamic_shifting": True,
         "max_shift": 0.9,
         "max_image_seq_len": 8192,
@@ -26,11 +27,14 @@ class QwenImage:
     }
     KEEP: ClassVar[tuple[str, ...]] = ("img_in", "txt_in", "time_text_embed*", "norm_out*", "proj_out")
     LINEAR_SIGMAS: ClassVar[bool] = True
-    POOLED: ClassVar[bool] = False
+    MASKED: ClassVar[bool] = True
     PIXELS: ClassVar[int] = 1024
+    MAX_TEXT: ClassVar[int] = 512  # as the pipeline's call has it; `encode_prompt` alone would make 1024
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None:
         self.channels, self.vae_scale = config["in_channels"] // 4, vae_scale
+        self.text_width = config["joint_attention_dim"]
+        self.pooled_width: int | None = None
         self.distilled = bool(config.get("guidance_embeds", False))
 
     def size(self, params: DiffusionParams) -> Size:
@@ -39,6 +43,9 @@ class QwenImage:
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         return self.channels, size.height // self.vae_scale, size.width // self.vae_scale
 
+    def num_tokens(self, size: Size) -> int:
+        return math.prod(self.noise_shape(size)[1:]) // 4
+
     def pack(self, noise: Tensor) -> Tensor:
         return patches_to_tokens(noise)
 
@@ -46,8 +53,7 @@ class QwenImage:
         return tokens_to_patches(latents, *self.noise_shape(size)[1:])
 
     def mu(self, scheduler: Any, size: Size, steps: int) -> float | None:
-        _, height, width = self.noise_shape(size)
-        return resolution_shift(scheduler, height * width // 4)
+        return resolution_shift(scheduler, self.num_tokens(size))
 
     def guidance(self, params: DiffusionParams) -> float | None:
         return distilled_guidance(params, 1.0 if self.distilled else None)
@@ -70,10 +76,9 @@ class QwenImage:
         guided = plain_cfg(with_prompt, without, scale)
         return guided * (with_prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> list[Embeds]:
-        prompt, mask = pipeline.encode_prompt(prompt=list(prompts))
-        masks = [None] * len(prompt) if mask is None else mask.bool()
-        return [Embeds(one if kept is None else one[kept]) for one, kept in zip(prompt, masks, strict=True)]
+    def encode(self, pipeline: Any, prompt: str) -> Embeds:
+        embeds, mask = pipeline.encode_prompt(prompt=[prompt], max_sequence_length=self.MAX_TEXT)
+        return Embeds(embeds[0] if mask is None else embeds[0][mask[0].bool()])
 
     def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:
         vae = pipeline.vae

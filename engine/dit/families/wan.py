@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,22 +10,35 @@ from torch import Tensor
 
 from ...errors import RequestError
 from ..params import DiffusionParams
-from .family import Embeds, Size, distilled_guidance, plain_cfg, stack_prompts, to_uint8, unnormalized
+from .family import (
+    Embeds,
+    Size,
+    check_text_to_image,
+    distilled_guidance,
+    plain_cfg,
+    stack_prompts,
+    to_uint8,
+    unnormalized,
+)
 
 
 class Wan:
     """Latents [channels, frames, height, width]; the VAE makes one latent frame of the first frame and of every 4."""
 
     TRANSFORMER: ClassVar[str] = "WanTransformer3DModel"
-    SCHEDULER: ClassVar[Mapping[str, Any]] = {"shift": 3.0}
+    scheduler: Mapping[str, Any] = {"shift": 3.0}
     KEEP: ClassVar[tuple[str, ...]] = ("patch_embedding*", "condition_embedder*", "proj_out")
     LINEAR_SIGMAS: ClassVar[bool] = False
-    POOLED: ClassVar[bool] = False
+    MASKED: ClassVar[bool] = False
     PIXELS: ClassVar[tuple[int, int]] = (480, 832)
     FRAMES: ClassVar[int] = 4
+    MAX_TEXT: ClassVar[int] = 512  # as the pipeline's call has it; `encode_prompt` alone would make 226
 
     def __init__(self, config: Mapping[str, Any], vae_scale: int) -> None:
+        check_text_to_image(config)
         self.channels, self.vae_scale = config["in_channels"], vae_scale
+        self.text_width = config["text_dim"]
+        self.pooled_width: int | None = None
         self.patch = config["patch_size"]
 
     def size(self, params: DiffusionParams) -> Size:
@@ -40,6 +54,9 @@ class Wan:
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         frames = (size.frames - 1) // self.FRAMES + 1
         return self.channels, frames, size.height // self.vae_scale, size.width // self.vae_scale
+
+    def num_tokens(self, size: Size) -> int:
+        return math.prod(self.noise_shape(size)[1:]) // math.prod(self.patch)
 
     def pack(self, noise: Tensor) -> Tensor:
         return noise
@@ -61,9 +78,11 @@ class Wan:
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
         return plain_cfg(with_prompt, without, scale)
 
-    def encode(self, pipeline: Any, prompts: Sequence[str]) -> list[Embeds]:
-        prompt, _ = pipeline.encode_prompt(prompt=list(prompts), do_classifier_free_guidance=False)
-        return [Embeds(one) for one in prompt]
+    def encode(self, pipeline: Any, prompt: str) -> Embeds:
+        embeds, _ = pipeline.encode_prompt(
+            prompt=[prompt], do_classifier_free_guidance=False, max_sequence_length=self.MAX_TEXT
+        )
+        return Embeds(embeds[0])
 
     def decode(self, pipeline: Any, latents: Tensor, size: Size) -> Tensor:
         vae = pipeline.vae

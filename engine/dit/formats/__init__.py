@@ -1,5 +1,28 @@
 """What files of diffusion transformers look like, made canonical at the border."""
 
-from .stored_transformer import StoredTransformer, open_transformer
+from .check import LayoutCheck, Reading, check_layout
+from .files import WeightFiles
+from .layout import FileLayout, say
+from .stored_transformer import (
+    FileSummary,
+    StoredTransformer,
+    config_beside,
+    find_config,
+    open_transformer,
+    summarize,
+)
 
-__all__ = ["StoredTransformer", "open_transformer"]
+__all__ = [
+    "FileLayout",
+    "FileSummary",
+    "LayoutCheck",
+    "Reading",
+    "StoredTransformer",
+    "WeightFiles",
+    "check_layout",
+    "config_beside",
+    "find_config",
+    "open_transformer",
+    "say",
+    "summarize",
+]

@@ -1,0 +1,156 @@
+"""Wan 2.2 has two transformers: swaps and adapters are for one of them, or for both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollmill.engine import ConfigError, CoverageError
+from rollmill.engine.checkpoint import is_diffusers
+
+ALPHA, RANK = 8.0, 4
+MODULE = "blocks.0.attn1.to_q"
+
+
+@pytest.fixture(params=["bare", "prefixed"])
+def prefix(request):
+    """A function: module -> what its names begin with."""
+    return {"bare": lambda module: "", "prefixed": lambda module: f"{module}."}[request.param]
+
+
+def of_component(snapshot, component):
+    return {name: value for name, value in snapshot.items() if name.startswith(f"{component}.")}
+
+
+def make_adapter(seed, prefix):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"A": (RANK, 128), "B": (128, RANK)}
+    return {
+        f"{prefix}{MODULE}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for side, shape in shapes.items()
+    }
+
+
+def test_each_is_swapped_by_itself(prefix, quant, two_transformers, open_engine, other_weights, snapshot, forward):
+    engine = open_engine(two_transformers, quant=quant)
+    assert list(engine.transformers) == ["transformer", "transformer_2"]
+    start = snapshot(engine)
+    outputs = {name: forward(engine, "wan", name) for name in engine.transformers}
+    for version, module in enumerate(("transformer_2", "transformer"), 1):
+        named = {f"{prefix(module)}{name}": w for name, w in other_weights("wan", seed=20 + version).items()}
+        said = engine.digest(named, module=module)
+        report = engine.update_weights(named, version=str(version), module=module)
+        assert (report.version, engine.weight_version) == (str(version), str(version))
+        assert report.digest == said
+        assert not torch.equal(forward(engine, "wan", module), outputs[module])
+        if module == "transformer_2":
+            assert of_component(snapshot(engine), "transformer") == of_component(start, "transformer")
+            assert torch.equal(forward(engine, "wan", "transformer"), outputs["transformer"])
+    assert engine.update_weights(two_transformers / "transformer", module="transformer").status == "committed"
+    assert engine.update_weights(two_transformers / "transformer_2", module="transformer_2").version == "4"
+    assert snapshot(engine) == start
+
+
+def test_both_at_once_under_one_version(quant, two_transformers, open_engine, other_weights):
+    engine = open_engine(two_transformers, quant=quant)
+    both = {
+        f"{module}.{name}": w
+        for seed, module in enumerate(engine.transformers)
+        for name, w in other_weights("wan", seed=30 + seed).items()
+    }
+    report = engine.update_weights(both, version="7")
+    apart = open_engine(two_transformers, quant=quant)
+    for seed, module in enumerate(apart.transformers):
+        with apart.weight_session(module=module) as session:
+            session.load(other_weights("wan", seed=30 + seed))
+    assert report.digest == apart.digest()
+    assert (report.version, report.coverage) == ("7", 1.0)
+
+
+def test_unprefixed_names_without_a_module(two_transformers, open_engine, weights_of, unchanged):
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    check = unchanged(engine, "wan")
+    with pytest.raises(CoverageError, match=r"2 modules.*'transformer\.' or 'transformer_2\.'.*module=") as error:
+        engine.update_weights(weights_of("wan"), version="1")
+    assert set(error.value.unexpected) == set(weights_of("wan"))
+    check()
+    with pytest.raises(CoverageError, match="module="):
+        engine.update_lora(make_adapter(1, ""), alpha=ALPHA, rank=RANK)
+    check()
+
+
+def test_a_module_that_is_not_there(two_transformers, dit, open_engine, weights_of):
+    engine = open_engine(two_transformers, quant="nvfp4")
+    with pytest.raises(ConfigError, match="transformer_3.*possible: transformer, transformer_2"):
+        engine.update_weights(weights_of("wan"), module="transformer_3")
+    single = open_engine(dit("wan"), quant="nvfp4")
+    with pytest.raises(ConfigError, match="possible: transformer"):
+        single.weight_session(module="transformer_2")
+
+
+def test_names_of_the_other_module_are_unknown(two_transformers, open_engine, weights_of, unchanged):
+    engine = open_engine(two_transformers, quant="nvfp4")
+    check = unchanged(engine, "wan")
+    with pytest.raises(CoverageError, match="unexpected"):
+        engine.update_weights(
+            {f"transformer.{name}": w for name, w in weights_of("wan").items()}, module="transformer_2"
+        )
+    check()
+
+
+def test_each_keeps_its_own_adapter(prefix, quant, two_transformers, open_engine, snapshot):
+    engine = open_engine(two_transformers, quant=quant, master="host")
+    base = snapshot(engine)
+
+    def put(module, seed):
+        engine.update_lora(make_adapter(seed, prefix(module)), alpha=ALPHA, rank=RANK, module=module)
+        return of_component(snapshot(engine), module)
+
+    first = put("transformer", 1)
+    second = put("transformer_2", 2)
+    assert first != of_component(base, "transformer")
+    assert second != of_component(base, "transformer_2")
+    assert of_component(snapshot(engine), "transformer") == first, "the second adapter took the first one off"
+    assert put("transformer", 3) != first
+    assert of_component(snapshot(engine), "transformer_2") == second
+    engine.remove_lora(module="transformer")
+    assert of_component(snapshot(engine), "transformer") == of_component(base, "transformer")
+    assert of_component(snapshot(engine), "transformer_2") == second
+    engine.remove_lora()
+    assert snapshot(engine) == base
+
+
+def test_new_base_weights_of_one_leave_the_adapter_of_the_other(two_transformers, open_engine, snapshot):
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    for seed, module in enumerate(engine.transformers):
+        engine.update_lora(make_adapter(seed, ""), alpha=ALPHA, rank=RANK, module=module)
+    adapted = of_component(snapshot(engine), "transformer_2")
+    report = engine.update_weights(two_transformers / "transformer", module="transformer")
+    assert any("without the adapter" in warning for warning in report.warnings)
+    assert of_component(snapshot(engine), "transformer_2") == adapted
+    fresh = open_engine(two_transformers, quant="nvfp4")
+    assert of_component(snapshot(engine), "transformer") == of_component(snapshot(fresh), "transformer")
+
+
+def test_a_sleeping_engine_wakes_with_both_adapters(two_transformers, open_engine, snapshot, forward):
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    for seed, module in enumerate(engine.transformers):
+        engine.update_lora(make_adapter(seed, ""), alpha=ALPHA, rank=RANK, module=module)
+    served, outputs = snapshot(engine), [forward(engine, "wan", name) for name in engine.transformers]
+    engine.sleep()
+    engine.wake()
+    assert snapshot(engine) == served
+    assert all(
+        torch.equal(forward(engine, "wan", name), out) for name, out in zip(engine.transformers, outputs, strict=True)
+    )
+
+
+def test_a_folder_of_transformers_without_an_index(two_transformers, open_engine, weights_of):
+    """As a pipeline of which nothing else was kept."""
+    indexed = open_engine(two_transformers, quant="fp8").digest()
+    (two_transformers / "model_index.json").unlink()
+    engine = open_engine(two_transformers, quant="fp8")
+    assert is_diffusers(two_transformers)
+    assert list(engine.transformers) == ["transformer", "transformer_2"]
+    assert engine.digest() == indexed
+    assert engine.pipeline is None

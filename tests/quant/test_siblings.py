@@ -1,0 +1,142 @@
+"""Linears that are quantized together and computed one by one: what is shared, what is apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollmill.quant import (
+    BF16,
+    FP8,
+    NVFP4,
+    QuantLinear,
+    SiblingLinears,
+    UnsupportedError,
+    find_capability,
+    make_scheme,
+)
+from rollmill.weight_sync import Policy, SyncPlan
+
+CPU = find_capability("cpu")
+MODULES, ROWS, COLS = ["attn.to_q", "attn.to_k", "attn.to_v"], [48, 32, 16], 64
+SCHEMES = {
+    "bf16": BF16,
+    "fp8-per_token": make_scheme("fp8"),
+    "fp8-per_tensor": make_scheme("fp8", "per_tensor"),
+    "fp8-static": make_scheme("fp8", "static"),
+    "fp8_channel": make_scheme("fp8_channel"),
+    "nvfp4-per_token": make_scheme("nvfp4"),
+    "nvfp4-static": make_scheme("nvfp4", "static"),
+    "nvfp4_w4a16": make_scheme("nvfp4_w4a16"),
+}
+
+
+@pytest.fixture(params=SCHEMES, ids=SCHEMES.keys())
+def scheme(request):
+    return SCHEMES[request.param]
+
+
+@pytest.fixture(params=["reference", "exact"])
+def kernel(request):
+    return request.param
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def weights():
+    """Siblings of unequal amplitude, so that a shared scale differs from their own."""
+    return {
+        f"{name}.weight": (normal(rows, COLS, seed=i) * 4**i).bfloat16()
+        for i, (name, rows) in enumerate(zip(MODULES, ROWS, strict=True))
+    }
+
+
+@pytest.fixture
+def make(kernel):
+    def build(scheme, dtype=torch.float32, **options):
+        return SiblingLinears(
+            "attn", MODULES, ROWS, COLS, scheme, capability=CPU, dtype=dtype, kernel=kernel, **options
+        )
+
+    return build
+
+
+def load(slot, weights, scheme, values=(0.01, 0.02, 0.03)):
+    scales = {f"{name}.input_scale": torch.tensor(value) for name, value in zip(MODULES, values, strict=True)}
+    Policy(SyncPlan([slot])).update({**weights, **(scales if scheme.activation == "static" else {})}, "1")
+
+
+def test_every_sibling_computes_its_rows_of_the_fused_linear(scheme, kernel, make, weights):
+    """The fused linear is another class over the same scheme; its static scale is one for all."""
+    siblings, fused = (
+        make(scheme),
+        QuantLinear(MODULES, ROWS, COLS, scheme, capability=CPU, dtype=torch.float32, kernel=kernel),
+    )
+    x, bias = normal(7, COLS, seed=9), normal(96, seed=8)
+    for slot in (siblings.slot, fused.slot):
+        load(slot, weights, scheme, values=(0.02, 0.02, 0.02))
+    whole = fused(x).split(ROWS, dim=-1)
+    for shard, (rows, expected) in enumerate(zip(ROWS, whole, strict=True)):
+        torch.testing.assert_close(siblings.apply(shard, x), expected, rtol=1e-5, atol=1e-5)
+        part = bias[:rows]
+        torch.testing.assert_close(siblings.apply(shard, x, part), expected + part, rtol=1e-5, atol=1e-5)
+
+
+def test_each_sibling_reads_its_own_static_scale(kernel, make, weights):
+    for scheme in (SCHEMES["fp8-static"], SCHEMES["nvfp4-static"]):
+        siblings, x = make(scheme), normal(5, COLS, seed=3)
+        load(siblings.slot, weights, scheme)
+        for shard, (module, rows) in enumerate(zip(MODULES, ROWS, strict=True)):
+            alone = QuantLinear([module], [rows], COLS, scheme, capability=CPU, dtype=torch.float32, kernel=kernel)
+            matrices = scheme.quantize(torch.cat(list(weights.values())), siblings.slot.shape)
+            cut = siblings.slot.shape.shard_slice(shard)
+            stored = {
+                key: value[cut] if key in siblings.slot.matrices else value[shard] for key, value in matrices.items()
+            }
+            tensors = {f"{module}.{key}": value for key, value in stored.items()}
+            tensors[f"{module}.input_scale"] = torch.tensor((0.01, 0.02, 0.03)[shard])
+            Policy(SyncPlan([alone.slot])).update(tensors, "1")
+            torch.testing.assert_close(siblings.apply(shard, x), alone(x), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_shared_and_what_is_not(make, weights):
+    """ModelOpt: NVFP4 takes one amax over all siblings, FP8 one of each."""
+    amax = [float(w.abs().max()) for w in weights.values()]
+    for scheme, key, expected in (
+        (NVFP4(), "weight_scale_2", [max(amax) / 2688] * 3),
+        (FP8(), "weight_scale", [one / 448 for one in amax]),
+    ):
+        siblings = make(scheme)
+        load(siblings.slot, weights, scheme)
+        assert siblings.slot.scales[key].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_weight_only_leaves_activations_alone(scheme, make, weights):
+    siblings = make(scheme)
+    load(siblings.slot, weights, scheme)
+    stored = scheme.quantize(torch.cat(list(weights.values())), siblings.slot.shape)
+    decoded = scheme.dequantize(stored, siblings.slot.shape).split(ROWS)
+    x = normal(5, COLS, seed=4)
+    for shard, weight in enumerate(decoded):
+        torch.testing.assert_close(siblings.apply_weight_only(shard, x), x @ weight.T, rtol=1e-5, atol=1e-4)
+
+
+def test_one_meter_sees_the_input_once(make, weights):
+    scheme = SCHEMES["fp8-static"]
+    siblings = make(scheme)
+    load(siblings.slot, weights, scheme)
+    seen = []
+    siblings.slot.meter = seen.append
+    x = normal(2, COLS)
+    for shard in range(3):
+        siblings.apply(shard, x)
+    assert len(seen) == 1
+    assert seen[0] is x
+
+
+def test_a_format_that_cannot_hold_the_shape(kernel):
+    with pytest.raises(UnsupportedError, match="multiple of 16"):
+        SiblingLinears("odd", ["odd"], [8], 40, NVFP4(), capability=CPU, dtype=torch.float32, kernel=kernel)
