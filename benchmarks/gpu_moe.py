@@ -47,9 +47,12 @@ class Layer:
 
 
 def asked(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    ids = torch.rand(tokens, CONFIG.num_experts, device="cuda").topk(CONFIG.top_k, dim=1).indices
-    weights = torch.rand(tokens, CONFIG.top_k, device="cuda")
-    return torch.randn(tokens, CONFIG.hidden_size, device="cuda").bfloat16(), ids, weights
+    """x, ids, weights: the same for every scheme."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    draw = torch.rand(tokens, CONFIG.num_experts, device="cuda", generator=generator)
+    x = torch.randn(tokens, CONFIG.hidden_size, device="cuda", generator=generator).bfloat16()
+    weights = torch.rand(tokens, CONFIG.top_k, device="cuda", generator=generator)
+    return x, draw.topk(CONFIG.top_k, dim=1).indices, weights
 
 
 def check(layer: Layer, name: str) -> None:
