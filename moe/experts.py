@@ -39,7 +39,7 @@ class RoutedExperts:
         gate, up, down = projections
         experts = range(config.num_experts)
         joined = joined or JoinedLayout()
-        self.runner = select_runner(config, scheme, capability, runner)(
+        self.runner = select_runner(config, scheme, capability, runner, dtype)(
             config, scheme, capability, dtype, linear_kernel
         )
         self.w13 = WeightSlot(

@@ -8,9 +8,17 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..quant import Capability, LinearKernel, Scheme, UnsupportedError
+from ..quant import Capability, Scheme, UnsupportedError, WeightShape
+from ..quant.slot import Packer
 from .config import MoeConfig
 from .runners.reference import ReferenceRunner
+from .runners.triton import TritonRunner
+
+
+class ExpertPacker(Packer, Protocol):
+    """How a stack of experts is packed: a linear kernel, or what a runner has of its own."""
+
+    shape: WeightShape
 
 
 class MoeRunner(Protocol):
@@ -20,9 +28,12 @@ class MoeRunner(Protocol):
     """
 
     name: ClassVar[str]
-    w13: LinearKernel
-    w2: LinearKernel
     watch_w2: Callable[[Tensor], None]
+
+    @property
+    def w13(self) -> ExpertPacker: ...
+    @property
+    def w2(self) -> ExpertPacker: ...
 
     def __init__(
         self,
@@ -34,7 +45,7 @@ class MoeRunner(Protocol):
     ) -> None: ...
 
     @staticmethod
-    def unsupported(config: MoeConfig, scheme: Scheme, capability: Capability) -> str | None:
+    def unsupported(config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype) -> str | None:
         """Why this runner cannot compute such a layer, or None if it can."""
         ...
 
@@ -46,17 +57,23 @@ class MoeRunner(Protocol):
         ...
 
 
-MOE_RUNNERS: tuple[type[MoeRunner], ...] = (ReferenceRunner,)
+MOE_RUNNERS: tuple[type[MoeRunner], ...] = (TritonRunner, ReferenceRunner)
 
 
-def select_runner(config: MoeConfig, scheme: Scheme, capability: Capability, name: str = "auto") -> type[MoeRunner]:
+def select_runner(
+    config: MoeConfig,
+    scheme: Scheme,
+    capability: Capability,
+    name: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+) -> type[MoeRunner]:
     """The first runner of the order that can, or the one that was asked for; every reason if none can."""
     known = {runner.name: runner for runner in MOE_RUNNERS}
     if name not in ("auto", *known):
         raise UnsupportedError(f"MoE runner {name!r} is unknown", [f"known: auto, {', '.join(known)}"])
     reasons = []
     for runner in MOE_RUNNERS if name == "auto" else (known[name],):
-        reason = runner.unsupported(config, scheme, capability)
+        reason = runner.unsupported(config, scheme, capability, dtype)
         if reason is None:
             return runner
         reasons.append(f"{runner.name}: {reason}")

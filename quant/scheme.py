@@ -154,8 +154,8 @@ class FP8(Struct, frozen=True):
         return {"weight_scale": weight_scale, **input_scale_spec(self.activation, shape)}
 
     def quantize(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
-        if weight.is_cuda:
-            return self._quantize_cuda(weight, shape)
+        if has_kernels(weight):
+            return self._quantize_on_gpu(weight, shape)
         if self.per_channel:
             scale = numerics.decode_scale(row_amax(weight).float(), numerics.E4M3_MAX)
             return {"weight": numerics.quantize_fp8(weight, scale), "weight_scale": scale}
@@ -163,7 +163,7 @@ class FP8(Struct, frozen=True):
         codes = numerics.quantize_fp8(weight, shape.per_row(scale), bf16_quotient=True)
         return {"weight": codes, "weight_scale": scale}
 
-    def _quantize_cuda(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
+    def _quantize_on_gpu(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
         """The same bytes from few kernels: a launch for all units and shards, or one a shard."""
         from .gpu.convert import fp8_weight
 
@@ -215,14 +215,14 @@ class NVFP4(Struct, frozen=True):
         return {"weight_scale_2": weight_scale_2, **input_scale_spec(self.activation, shape)}
 
     def quantize(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
-        if weight.is_cuda:
-            return self._quantize_cuda(weight, shape)
+        if has_kernels(weight):
+            return self._quantize_on_gpu(weight, shape)
         block_amax = numerics.group_amax(weight, GROUP_SIZE)
         scale_2 = shard_scale(block_amax.amax(-1), shape, numerics.NVFP4_MAX, shared=True)
         codes, block_scale = numerics.quantize_nvfp4_weight(weight, block_amax, shape.per_row(scale_2))
         return {"weight": codes, "weight_scale": block_scale, "weight_scale_2": scale_2}
 
-    def _quantize_cuda(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
+    def _quantize_on_gpu(self, weight: Tensor, shape: WeightShape) -> dict[str, Tensor]:
         """The same bytes from one launch."""
         from .gpu.convert import nvfp4_weight
 
@@ -241,6 +241,11 @@ class NVFP4(Struct, frozen=True):
     def dequantize(self, stored: Stored, shape: WeightShape) -> Tensor:
         products = numerics.nvfp4_products(stored["weight"], stored["weight_scale"], torch.float32)
         return products.mul_(self.row_scale(stored, shape)[..., None])
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether `quant/gpu` quantizes x: the same bytes, faster. Before sm89 there are no FP8 casts to do it with."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
 def row_amax(weight: Tensor) -> Tensor:

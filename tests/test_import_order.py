@@ -16,7 +16,7 @@ MAY_IMPORT = {
 NEVER_ABSOLUTE = {"rollmill", *MAY_IMPORT}
 NEVER_AT_ALL = {"tests", "benchmarks", "examples"}
 KERNEL_LIBRARIES = {"triton", "flashinfer", "sgl_kernel", "diffusers", "ray"}
-KERNEL_FOLDER = PurePosixPath("quant/gpu")
+KERNEL_FOLDERS = (PurePosixPath("quant/gpu"), PurePosixPath("moe/gpu"))
 ENVIRONMENT_FILE = PurePosixPath("engine/env.py")
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 TYPE_CHECKING = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
@@ -78,15 +78,19 @@ def absolute_imports_of_ourselves(tree: ast.Module, path: PurePosixPath) -> Foun
 
 
 def kernel_libraries_at_module_level(tree: ast.Module, path: PurePosixPath) -> Found:
-    """Triton compiles functions of a module that has imported it: those of `quant/gpu`, which nobody else loads."""
-    if path.is_relative_to(KERNEL_FOLDER):
+    """Triton compiles functions of a module that has imported it: those of the gpu folders, loaded where they run."""
+    if in_kernel_folder(path):
         return
     for line, name in absolute_imports(run_at_import(tree)):
         if name.partition(".")[0] in KERNEL_LIBRARIES:
             yield line, f"{name} is imported inside functions only"
     for line, module in relative_imports(run_at_import(tree), path):
-        if module is not None and PurePosixPath(*module).is_relative_to(KERNEL_FOLDER):
+        if module is not None and in_kernel_folder(PurePosixPath(*module)):
             yield line, f"{'.'.join(module)} is imported inside functions only"
+
+
+def in_kernel_folder(path: PurePosixPath) -> bool:
+    return any(path.is_relative_to(folder) for folder in KERNEL_FOLDERS)
 
 
 def environment_read_elsewhere(tree: ast.Module, path: PurePosixPath) -> Found:

@@ -45,7 +45,7 @@ class ReferenceRunner:
         )
 
     @staticmethod
-    def unsupported(config: MoeConfig, scheme: Scheme, capability: Capability) -> str | None:
+    def unsupported(config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype) -> str | None:
         return None
 
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,9 @@
 
 Scales need the amax of a whole unit before its first code. The programs of one unit read their rows, tell each other
 the amax, wait, and read the rows again, from the L2. They take units in the order in which they start, and no unit has
-more programs than the GPU has multiprocessors: whoever waits, waits for programs that run.
+more programs than half of the GPU's multiprocessors: whoever waits, waits for programs that run, even while a second
+conversion does the same on another stream. (More than two at once, or a foreign kernel that holds most of the GPU and
+waits for this one, could still stop it.)
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -17,6 +19,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from ..numerics import E4M3_MAX, NVFP4_MAX
+from .device import on_own_device
 from .floats import E4M3_MIN, LEAST_SCALE, e2m1_code, pack_codes, quotient, scale_offset
 
 TILE = 4096  # elements that a program computes at a time
@@ -211,7 +214,7 @@ def _fp8_kernel(
             values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
         else:
             values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-        values = tl.minimum(tl.maximum(values, -448.0), 448.0)
+        values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         if not PER_ROW:
             values = values.to(tl.bfloat16).to(tl.float32)  # ModelOpt's quotient is BF16
         target = (unit * num_rows + rows.to(tl.int64))[:, None] * K + cols
@@ -229,16 +232,18 @@ class Tiling(Struct, frozen=True):
     warps: int
 
 
-def make_tiling(num_rows: int, K: int, num_multiprocessors: int) -> Tiling:
-    """Few rows at a time, so that many programs fit a multiprocessor; no more programs a unit than can all run."""
+def make_tiling(num_rows: int, K: int, most_programs: int) -> Tiling:
+    """Few rows at a time, so that many programs fit a multiprocessor; no unit has more programs than `most_programs`,
+    unless it is too large for any to wait."""
     block_k = max(16, _power_of_two(K))
     step = max(1, TILE // block_k)
-    rows = max(step, _power_of_two(-(-num_rows // num_multiprocessors)))
+    rows = max(step, _power_of_two(-(-num_rows // most_programs)))
     one_launch = rows <= MOST_ROWS
     rows = rows if one_launch else 4 * step
     return Tiling(rows, step, block_k, -(-num_rows // rows), one_launch, max(1, min(16, step * block_k // THREAD_TILE)))
 
 
+@on_own_device
 def convert_nvfp4(
     weight: Tensor, codes: Tensor, scales: Tensor, scale_2: Tensor, order: RowOrder = AS_STORED, tile: int = 0
 ) -> None:
@@ -271,6 +276,7 @@ def convert_nvfp4(
     )
 
 
+@on_own_device
 def convert_fp8(weight: Tensor, codes: Tensor, scale: Tensor) -> None:
     """BF16 [units, N, K] -> E4M3 codes of the same shape, decode scales float32 [units] or [units, N]; in place.
 
@@ -301,7 +307,7 @@ def _prepare(weight: Tensor, *, needs_amax: bool = True) -> tuple[Tiling, tuple[
     """The tiling, and zeroed (ticket, amax, count); the amax is there already where one launch cannot find it."""
     units, num_rows, K = weight.shape
     multiprocessors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 1
-    tiling = make_tiling(num_rows, K, multiprocessors)
+    tiling = make_tiling(num_rows, K, max(1, multiprocessors // 2))
     state = torch.zeros(1 + 2 * units, dtype=torch.int32, device=weight.device)
     ticket, amax, count = state[:1], state[1 : 1 + units], state[1 + units :]
     if needs_amax and not tiling.one_launch:

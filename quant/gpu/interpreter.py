@@ -24,8 +24,9 @@ FLOATS = {
 
 def repair_interpreter() -> None:
     """Patch the interpreter of the installed Triton, before a kernel runs; a second call changes nothing."""
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter as found
 
+    interpreter: Any = found
     if hasattr(interpreter, "_rollmill_repaired"):
         return
     interpreter._rollmill_repaired = True

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import on_own_device
 from .floats import (
     FLOAT_MAX,
     LEAST_SCALE,
@@ -74,13 +75,14 @@ def _nvfp4_kernel(
     tl.store(scales_ptr + offset, scale.to(tl.uint8, bitcast=True), mask=inside[:, None] & (block < K // 16)[None, :])
 
 
+@on_own_device
 def quantize_nvfp4(
     x: Tensor, input_scale: Tensor | None = None, layout: ScaleLayout = "linear"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BF16 x [M, K] -> codes uint8 [M, K / 2], block scales E4M3 (in `layout`), decode scale.
 
     Without `input_scale` (static, float32 scalar) every row has its own decode scale, float32 [M]. FlashInfer's exact
-    recipe: bit-equal to `numerics.quantize_nvfp4_activation`.
+    recipe: bit-equal to `numerics.quantize_nvfp4_activation` for finite x; E2M1 has no NaN to pass one on.
     """
     num_rows, K = x.shape
     codes = torch.empty(num_rows, K // 2, dtype=torch.uint8, device=x.device)
@@ -139,10 +141,11 @@ def _fp8_kernel(
         values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
     else:
         values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    values = tl.minimum(tl.maximum(values, -448.0), 448.0)
+    values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(codes_ptr + offset, values.to(tl.float8e4nv), mask=mask)
 
 
+@on_own_device
 def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """BF16 x [M, K] -> E4M3 codes [M, K], decode scale (float32 [M], or the static scalar).
 

@@ -12,7 +12,7 @@ from .. import numerics
 from ..device import Capability
 from ..errors import UnsupportedError
 from ..layout import pad_to
-from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
+from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape, has_kernels
 from .activation import fp8_scale
 
 TILE = 16  # _scaled_mm takes multiples of 16 in N and K
@@ -98,7 +98,7 @@ class TorchFP8Kernel:
 
     def _quantize(self, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """E4M3 codes and decode scales of x, a scale a row or one for all."""
-        if x.is_cuda and x.dtype == torch.bfloat16 and self.scheme.activation != "per_tensor":
+        if has_kernels(x) and x.dtype == torch.bfloat16 and self.scheme.activation != "per_tensor":
             from ..gpu.quantize import quantize_fp8
 
             return quantize_fp8(x.contiguous(), input_scale)

@@ -92,15 +92,33 @@ def test_fp8_equals_the_scheme(units: int, rows: int, cols: int, per_row: bool, 
     assert same_bits(scale.flatten(), stored["weight_scale"].flatten())
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [WeightShape((96, 32, 32), 64), WeightShape((64, 64), 48, units=3, one_scale=True)])
+@pytest.mark.parametrize(
+    "shape",
+    [WeightShape((32, 16, 16), 64), WeightShape((32, 32), 48, units=3, one_scale=True)],
+    ids=["linear", "experts"],
+)
 @pytest.mark.parametrize("scheme", [FP8(), FP8(per_channel=True), NVFP4()], ids=["fp8", "fp8_channel", "nvfp4"])
-def test_schemes_store_the_same_bytes_on_a_gpu(scheme: FP8 | NVFP4, shape: WeightShape):
+def test_schemes_store_the_same_bytes_through_the_kernels(scheme: FP8 | NVFP4, shape: WeightShape):
+    w = torch.randn(shape.matrix, generator=torch.Generator().manual_seed(3)).bfloat16()
+    plain, kernels = scheme.quantize(w, shape), scheme._quantize_on_gpu(w.to(DEVICE), shape)
+    assert plain.keys() == kernels.keys()
+    for key, value in plain.items():
+        assert kernels[key].shape == value.shape
+        assert same_bits(kernels[key], value), key
+
+
+@pytest.mark.gpu
+def test_programs_of_a_unit_wait_for_each_other_and_two_streams_do_not_stop_each_other():
+    """Long rows: one program a multiprocessor; half of them are a unit's, so that two conversions always fit."""
     if DEVICE == "cpu":
         pytest.skip("torch sees no GPU")
-    w = torch.randn(shape.matrix).bfloat16()
-    on_cpu, on_gpu = scheme.quantize(w, shape), scheme.quantize(w.to(DEVICE), shape)
-    assert on_cpu.keys() == on_gpu.keys()
-    for key, value in on_cpu.items():
-        assert on_gpu[key].shape == value.shape
-        assert same_bits(on_gpu[key], value), key
+    w = torch.randn(6, 3072, 12288, device=DEVICE).bfloat16()
+    results = []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            results.append([convert.nvfp4_weight(w) for _ in range(4)])
+    torch.cuda.synchronize()
+    stored = NVFP4().quantize(w.cpu(), WeightShape((3072,), 12288, units=6))
+    for codes, scales, _ in (one for found in results for one in found):
+        assert same_bits(codes, stored["weight"])
+        assert same_bits(scales, stored["weight_scale"])

@@ -74,6 +74,12 @@ def test_a_row_does_not_depend_on_the_others():
     assert all(same_bits(a[4:5], b) for a, b in zip(whole, alone, strict=True))
 
 
+def test_a_nan_stays_one_in_fp8():
+    x = activations(5, 64)
+    x[1, 3] = float("nan")
+    assert bool(quantize_fp8(x)[0].float()[1, 3].isnan())
+
+
 def test_no_rows():
     empty = torch.empty(0, 64, dtype=torch.bfloat16, device=DEVICE)
     assert quantize_nvfp4(empty)[0].shape == (0, 32)

@@ -1,0 +1,163 @@
+"""One layer of routed experts of Qwen3-30B-A3B's shape on a GPU: FP8 and NVFP4 W4A16, in a CUDA graph.
+
+    python benchmarks/gpu_moe.py [--sweep TOKENS [TOKENS ...]]
+
+Limit: the bytes of the experts that are touched at the rate of a copy, or the multiplications at the GPU's measured
+peak, whichever takes longer. `--sweep` times the products alone over tiles, to fill the runner's tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+import torch
+from gpu_quantize import copy_rate, graphed
+from record import make_result, save
+from torch import Tensor
+
+from rollmill.moe import MoeConfig
+from rollmill.moe.runners import triton as runner_module
+from rollmill.moe.runners.reference import expert_shapes
+from rollmill.moe.runners.triton import DEPTH, TritonRunner
+from rollmill.quant import FP8, NVFP4, Scheme, find_capability
+
+CONFIG = MoeConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
+SCHEMES: dict[str, Scheme] = {"fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none")}
+PEAK = {"fp8": 1347e12, "nvfp4": 733e12}  # measured on this GPU: `_scaled_mm` and BF16 products of 8192^3
+BATCHES = (1, 32, 128, 256, 1024, 4096, 16384)
+
+
+class Layer:
+    """Random experts, packed."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.runner = TritonRunner(CONFIG, scheme, find_capability("cuda"), torch.bfloat16)
+        self.packed: list[dict[str, Tensor]] = []
+        self.scheme = scheme
+        for shape, kernel in zip(expert_shapes(CONFIG), (self.runner.w13, self.runner.w2), strict=True):
+            stored = scheme.quantize((torch.randn(shape.matrix, device="cuda") * 0.03).bfloat16(), shape)
+            matrices = {key: stored[key] for key in scheme.matrices(shape)}
+            self.packed.append(kernel.prepare(matrices) | kernel.derive({k: stored[k] for k in scheme.scales(shape)}))
+
+    @property
+    def bytes_an_expert(self) -> float:
+        return sum(t.nbytes for packed in self.packed for t in packed.values()) / CONFIG.num_experts
+
+
+def asked(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, ids, weights: the same for every scheme."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    draw = torch.rand(tokens, CONFIG.num_experts, device="cuda", generator=generator)
+    x = torch.randn(tokens, CONFIG.hidden_size, device="cuda", generator=generator).bfloat16()
+    weights = torch.rand(tokens, CONFIG.top_k, device="cuda", generator=generator)
+    return x, draw.topk(CONFIG.top_k, dim=1).indices, weights
+
+
+def check(layer: Layer, name: str) -> None:
+    """Against dequantized weights in float32, a token bit-equal alone."""
+    x, ids, weights = asked(33)
+    out = layer.runner.apply(x, ids, weights, *layer.packed)
+    assert torch.equal(layer.runner.apply(x[5:6], ids[5:6], weights[5:6], *layer.packed)[0], out[5]), name
+    assert bool(torch.isfinite(out).all()), name
+
+
+def bench() -> None:
+    copy = copy_rate()
+    results = []
+    for name, scheme in SCHEMES.items():
+        layer = Layer(scheme)
+        check(layer, name)
+        for tokens in BATCHES:
+            x, ids, weights = asked(tokens)
+            touched = int(ids.unique().numel())
+            moved = touched * layer.bytes_an_expert + 4 * x.nbytes
+            operations = 6 * tokens * CONFIG.top_k * CONFIG.hidden_size * CONFIG.intermediate_size
+            limit = max(moved / copy, operations / PEAK[name]) * 1e6
+            call = lambda x=x, ids=ids, weights=weights, layer=layer: layer.runner.apply(x, ids, weights, *layer.packed)  # noqa: E731
+            micros = graphed([call] * 4, repeats=15) * 1e6
+            products = products_micros(layer, tokens, ids)
+            bound = "copy rate" if moved / copy > operations / PEAK[name] else "peak"
+            note = f"{touched} experts; {limit / micros:.0%} of the {bound}; products alone {products:.0f} us"
+            results.append(make_result(f"moe_{name}_m{tokens}_us", micros, "us", limit=limit, note=note))
+            print(results[-1].name, f"{micros:.0f} us, limit {limit:.0f};", note, flush=True)
+    save("gpu_moe", results)
+
+
+def products_micros(layer: Layer, tokens: int, ids: Tensor) -> float:
+    """The two grouped products without sorting, quantizing and summing."""
+    return sum(graphed([call] * 4, repeats=9) * 1e6 for call in product_calls(layer, tokens, ids, {}))
+
+
+def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, tuple[int, int, int, int, int]]) -> Iterator:
+    from rollmill.moe.gpu import grouped_gemm as kernels
+    from rollmill.moe.gpu.blocks import make_blocks
+    from rollmill.quant.gpu.quantize import quantize_fp8
+
+    fp8 = isinstance(layer.scheme, FP8)
+    table = runner_module.FP8_TILES if fp8 else runner_module.NVFP4_TILES
+    pairs_count, hidden, inner = ids.numel(), CONFIG.hidden_size, CONFIG.intermediate_size
+    for weight, (rows_out, K) in (("w13", (inner, hidden)), ("w2", (hidden, inner))):
+        tile = tiles.get(weight) or layer.runner._tile(table, weight, pairs_count)
+        rows, block, depth, warps, stages = tile
+        pairs, experts = make_blocks(ids, CONFIG.num_experts, block)
+        packed = layer.packed[0 if weight == "w13" else 1]
+        x = torch.randn(tokens if weight == "w13" else pairs_count, K, device="cuda").bfloat16()
+        out = x.new_empty(pairs_count, rows_out)
+        inputs = quantize_fp8(x) if fp8 else (x,)
+        scales = () if fp8 else (packed["block_scale"],)
+        kernel = getattr(kernels, f"{'fp8' if fp8 else 'nvfp4'}_{'gate_up' if weight == 'w13' else 'down'}")
+        options = {"TOP_K": CONFIG.top_k} if weight == "w13" else {}
+        options |= {} if fp8 else {"ASSEMBLY": True}
+        arguments = (
+            *inputs,
+            packed["weight"],
+            *scales,
+            packed["row_scale"],
+            out,
+            pairs,
+            experts,
+            pairs_count,
+            K,
+            rows_out,
+        )
+        options |= {"ROWS": rows, "TOKENS": block, "DEPTH": depth, "num_warps": warps, "STAGES": stages}
+        launch = kernel[(rows_out // rows, len(experts))]
+        yield lambda launch=launch, arguments=arguments, options=options: launch(*arguments, **options)
+
+
+def candidates(scheme: Scheme, weight: str, average: float) -> Iterator[tuple[int, int, int, int, int]]:
+    """Tiles worth timing: rows, tokens, depth, warps, stages."""
+    depths = (128, 256) if isinstance(scheme, FP8) else (DEPTH,)
+    blocks = (16, 32) if average <= 20 else (32, 64) if average <= 80 else (64, 128, 256)
+    for rows, block, depth, warps in itertools.product((64, 128), blocks, depths, (4, 8)):
+        sums = rows * block * (2 if weight == "w13" else 1)  # float32, in registers
+        if sums * (4 if block <= 32 else 1) >= 4096 and sums <= 4096 * warps and block * depth <= 256 * 128:
+            yield from ((rows, block, depth, warps, stages) for stages in (3, 4))
+
+
+def sweep(batches: list[int]) -> None:
+    for (name, scheme), tokens in itertools.product(SCHEMES.items(), batches):
+        layer, (_, ids, _) = Layer(scheme), asked(tokens)
+        for weight, index in (("w13", 0), ("w2", 1)):
+            found = []
+            for tile in candidates(scheme, weight, ids.numel() / CONFIG.num_experts):
+                try:
+                    call = list(product_calls(layer, tokens, ids, {weight: tile}))[index]
+                    found.append((round(graphed([call] * 2, repeats=5) * 1e6, 1), tile))
+                except Exception as error:  # a tile that does not fit
+                    if "resource" not in str(error):
+                        print("failed", tile, str(error)[:100], flush=True)
+            found.sort()
+            print(name, weight, tokens, found[:4], "worst", found[-1][0], "of", len(found), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sweep", type=int, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.sweep:
+        sweep(arguments.sweep)
+    else:
+        bench()

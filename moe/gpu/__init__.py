@@ -1,0 +1,1 @@
+"""Triton kernels of routed experts. Imported where a GPU computes, never on a CPU's path."""

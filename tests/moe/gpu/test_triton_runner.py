@@ -1,0 +1,169 @@
+"""The Triton runner against float64, on a GPU or in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollmill.moe import MoeConfig
+from rollmill.moe.runners.reference import expert_shapes
+from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES, TritonRunner, ue5m3
+from rollmill.quant import FP8, NVFP4, Capability
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402 (after the conftest's set-up)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HOPPER = Capability(DEVICE, 90, ("triton",))
+CONFIG = MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256)
+SCHEMES = {"fp8": FP8(), "fp8_channel": FP8(per_channel=True), "nvfp4_w4a16": NVFP4(activation="none")}
+
+
+class Layer:
+    """Random experts, their packed tensors, and their dequantized weights in float64."""
+
+    def __init__(self, scheme: FP8 | NVFP4, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.runner = TritonRunner(CONFIG, scheme, HOPPER, torch.bfloat16)
+        self.scheme, self.packed, self.weights = scheme, [], []
+        self.inner = torch.empty(0)
+        self.runner.watch_w2 = self._keep
+        for shape, kernel in zip(expert_shapes(CONFIG), (self.runner.w13, self.runner.w2), strict=True):
+            weight = (torch.randn(shape.matrix, generator=generator) * 0.05).bfloat16()
+            stored = scheme.quantize(weight, shape)
+            self.weights.append(scheme.dequantize(stored, shape).double())
+            matrices = {key: stored[key] for key in scheme.matrices(shape)}
+            scales = {key: stored[key] for key in scheme.scales(shape)}
+            packed = kernel.prepare(matrices) | kernel.derive(scales)
+            assert {k: (tuple(v.shape), v.dtype) for k, v in packed.items()} == {
+                k: (spec.shape, spec.dtype) for k, spec in kernel.packed().items()
+            }
+            self.packed.append({key: value.to(DEVICE) for key, value in packed.items()})
+
+    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.runner.apply(x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), *self.packed).cpu()
+
+    def _keep(self, inner: torch.Tensor) -> None:
+        self.inner = inner.cpu()  # [tokens * top_k, intermediate_size]
+
+    def expected(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters the down projections, and the layer's result given what did enter them, in float64.
+
+        BF16 where a chain of BF16 linears would round.
+        """
+        inner, out = self.inner.double().zero_(), torch.zeros(len(x), CONFIG.hidden_size, dtype=torch.float64)
+        for token, choice in ((t, c) for t in range(len(x)) for c in range(CONFIG.top_k)):
+            w13, w2 = (w[ids[token, choice]] for w in self.weights)
+            pair = token * CONFIG.top_k + choice
+            gate, up = rounded(w13 @ self.seen(x[token])).chunk(2)
+            inner[pair] = rounded(torch.nn.functional.silu(gate)) * up
+            out[token] += weights[token, choice].double() * rounded(w2 @ self.seen(self.inner[pair]))
+        return inner, out
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """What a product sees of BF16 x: FP8 codes times the token's scale, or x itself."""
+        if isinstance(self.scheme, NVFP4):
+            return x.double()
+        scale = x.abs().amax().float() / 448
+        return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+def assert_right(layer: Layer, *asked: torch.Tensor) -> None:
+    """Both products, one by one, within BF16: it keeps 8 bits, and half a step is 2e-3."""
+    out = layer(*asked).double()
+    inner, expected = layer.expected(*asked)
+    assert float((layer.inner.double() - inner).norm() / inner.norm()) < 4e-3
+    assert float((out - expected).norm() / expected.norm()) < 4e-3
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().double()
+
+
+def tokens(count: int, seed: int = 1, experts: tuple[int, ...] = (0, 1, 2, 3)) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, CONFIG.hidden_size, generator=generator).bfloat16()
+    chosen = torch.stack([torch.randperm(len(experts), generator=generator)[: CONFIG.top_k] for _ in range(count)])
+    return x, torch.tensor(experts)[chosen], torch.rand(count, CONFIG.top_k, generator=generator)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_layer_equals_float64(name: str, count: int):
+    layer, asked = Layer(SCHEMES[name]), tokens(count)
+    assert_right(layer, *asked)
+
+
+@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16"])
+def test_experts_without_tokens_and_poisoned_outputs(name: str):
+    layer, asked = Layer(SCHEMES[name]), tokens(5, experts=(1, 3))
+    assert_right(layer, *asked)
+
+
+@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16"])
+def test_a_token_is_bit_equal_in_any_company(name: str):
+    layer = Layer(SCHEMES[name])
+    x, ids, weights = tokens(7)
+    whole = layer(x, ids, weights)
+    assert torch.equal(layer(x[3:4], ids[3:4], weights[3:4])[0], whole[3])
+    mixed = torch.tensor([5, 3, 0])
+    assert torch.equal(layer(x[mixed], ids[mixed], weights[mixed])[1], whole[3])
+
+
+def test_no_tokens():
+    x, ids, weights = tokens(1)
+    assert Layer(SCHEMES["fp8"])(x[:0], ids[:0], weights[:0]).shape == (0, CONFIG.hidden_size)
+
+
+def test_every_e4m3_scale_is_exact_as_ue5m3():
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    bits = ue5m3(scales).int()
+    decoded = torch.exp2((bits >> 3).float() - 12) * (1 + (bits & 7) / 8)
+    assert torch.equal(decoded, scales.float())
+
+
+def test_a_block_scale_of_zero_makes_zeros():
+    shape = expert_shapes(CONFIG)[1]
+    scheme = SCHEMES["nvfp4_w4a16"]
+    stored = dict(scheme.quantize(torch.randn(shape.matrix).bfloat16(), shape))
+    scales = stored["weight_scale"].view(torch.uint8)
+    scales[0, 0, 0] = 0
+    packed = TritonRunner(CONFIG, scheme, HOPPER, torch.bfloat16).w2.prepare(
+        {key: stored[key] for key in scheme.matrices(shape)}
+    )
+    first_halves = packed["weight"][0, 0, :16]  # k 0 to 15 are first codes: bits 7 and 2..0
+    assert int((first_halves & 0b10000111).sum()) == 0
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_blocks_hold_every_pair_once_with_its_expert(block: int):
+    ids = torch.randint(0, 6, (37, 3), generator=torch.Generator().manual_seed(2))
+    pairs, experts = (t.cpu() for t in make_blocks(ids.to(DEVICE), 8, block))
+    flat = ids.flatten()
+    assert sorted(pairs[pairs < flat.numel()].tolist()) == list(range(flat.numel()))
+    for expert, rows in zip(experts.tolist(), pairs.view(-1, block), strict=True):
+        real = rows[rows < flat.numel()]
+        assert expert >= 0 or not len(real)
+        assert all(flat[pair] == expert for pair in real.tolist())
+
+
+@pytest.mark.parametrize("tiles", [FP8_TILES, NVFP4_TILES], ids=["fp8", "nvfp4"])
+def test_both_products_use_the_same_blocks(tiles: dict):
+    assert [(most, tile[1]) for most, tile in tiles["w13"]] == [(most, tile[1]) for most, tile in tiles["w2"]]
+
+
+def test_what_it_cannot_compute_is_said():
+    def reason(config: MoeConfig = CONFIG, scheme=SCHEMES["fp8"], sm: int | None = 90, dtype=torch.bfloat16) -> str:
+        return TritonRunner.unsupported(config, scheme, Capability(DEVICE, sm, ("triton",)), dtype) or "none"
+
+    assert reason() == "none"
+    assert "sm90" in reason(sm=80)
+    assert "cpu" in reason(sm=None)
+    assert "float32" in reason(dtype=torch.float32)
+    assert "static" in reason(scheme=FP8(activation="static"))
+    assert "per_token" in reason(scheme=NVFP4())
+    assert "multiples of 256" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=192))
+    assert "biases" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256, bias=True))
+    bare = Capability(DEVICE, 90, ())
+    assert TritonRunner.unsupported(CONFIG, FP8(), bare, torch.bfloat16) == "triton is not installed"
