@@ -32,7 +32,9 @@ def find_scale_order(files: WeightFiles, prefix: str, layers: Sequence[FileLayer
     count = min(NUM_LAYERS, len(layers))
     samples = [_Sample(files, prefix, layers[i * len(layers) // count]) for i in range(count)]
     num_blocks = sum(sample.num_blocks for sample in samples)
-    found = [(_correlation([sample.deviations(order) for sample in samples]), order) for order in SCALE_ORDERS]
+    found: list[tuple[float, ScaleOrder]] = []
+    for order in SCALE_ORDERS:
+        found.append((_correlation([sample.deviations(order) for sample in samples]), order))
     return _decided(found, num_blocks)
 
 
