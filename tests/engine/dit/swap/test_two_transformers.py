@@ -178,6 +178,31 @@ def test_full_names_without_a_module_leave_the_adapter_of_the_other(first, two_t
     assert snapshot(engine) == snapshot(open_engine(two_transformers, quant="nvfp4"))
 
 
+@pytest.mark.parametrize("start", ["transformer.", "base_model.model.transformer."])
+def test_a_file_for_the_first_transformer_goes_into_the_second_one(start, two_transformers, open_engine, snapshot):
+    """diffusers begins the names of either's adapter with `transformer.`: `load_into_transformer_2=True` chooses."""
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    base = snapshot(engine)
+    digest = engine.update_lora(make_adapter(1, ""), alpha=ALPHA, rank=RANK, module="transformer_2").digest
+    engine.remove_lora()
+    report = engine.update_lora(make_adapter(1, start), alpha=ALPHA, rank=RANK, module="transformer_2")
+    assert report.digest == digest
+    assert of_component(snapshot(engine), "transformer") == of_component(base, "transformer")
+
+
+def test_an_adapter_for_both_does_not_go_into_one(two_transformers, open_engine, unchanged):
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    check = unchanged(engine, "wan")
+    first = {name.replace("to_q", "to_out.0"): value for name, value in make_adapter(1, "transformer.").items()}
+    for second in (make_adapter(2, "transformer_2."), make_adapter(2, "")):
+        with pytest.raises(CoverageError, match="unexpected") as error:
+            engine.update_lora(first | second, alpha=ALPHA, rank=RANK, module="transformer_2")
+        assert set(error.value.unexpected) == set(first)
+    with pytest.raises(CoverageError, match="unexpected"):
+        engine.update_lora(make_adapter(2, "transformer_2."), alpha=ALPHA, rank=RANK, module="transformer")
+    check()
+
+
 def test_new_base_weights_of_one_leave_the_adapter_of_the_other(two_transformers, open_engine, snapshot):
     engine = open_engine(two_transformers, quant="nvfp4", master="host")
     for seed, module in enumerate(engine.transformers):
