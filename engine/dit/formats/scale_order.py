@@ -2,7 +2,7 @@
 
 A block's scale follows its largest value, which takes the code 6; the other 15 are divided by the same scale. So the
 larger the scale, the smaller the other codes: their mean square falls with log(scale). On normal weights the two
-correlate by -0.6, in real layers by more or less, and beside the scale of another block by nothing.
+correlate by -0.6, and beside the scales of other blocks by nothing.
 """
 
 from __future__ import annotations
