@@ -66,7 +66,8 @@ class Adapter(Struct):
 def read_adapter(source: Source, plan: SyncPlan, alpha: float | None, rank: int | None, prefix: str = "") -> Adapter:
     """Read a whole adapter in PEFT's names; a folder's adapter_config.json says what the arguments leave open.
 
-    `prefix` is put before modules that come without it.
+    `prefix` is put before modules that come without it. An adapter all of whose names begin with the first of several
+    models goes where `prefix` says: diffusers calls every one so.
     """
     folder = PeftFolder(Path(source)) if isinstance(source, str | Path) else None
     if folder is not None:
@@ -92,12 +93,17 @@ class _AdapterReader:
     def __init__(self, plan: SyncPlan, rank: int, scale: float, prefix: str) -> None:
         self.plan, self.rank, self.scale, self.prefix = plan, rank, scale, prefix
         self.found: dict[str, dict[str, tuple[str, Tensor]]] = {}  # module -> A or B -> its name, its value
+        self.first = _first_model(plan, prefix)
+        self.of_first: list[str] = []  # names that begin with it
+        self.of_prefix: list[str] = []
         self.unexpected: list[str] = []
         self.duplicate: list[str] = []
 
     def read(self, pairs: Iterable[tuple[str, Tensor]]) -> Adapter:
         for name, value in pairs:
             self._take(name, value)
+        if self.of_prefix:
+            self.unexpected += self.of_first
         missing = [_twin(name) for sides in self.found.values() if len(sides) == 1 for name, _ in sides.values()]
         adapter = Adapter() if missing else self._place()
         if missing or self.unexpected or self.duplicate:
@@ -116,6 +122,7 @@ class _AdapterReader:
         if match is None or target is None:
             self.unexpected.append(name)
             return
+        (self.of_first if self._is_of_first(match["module"]) else self.of_prefix).append(name)
         sides = self.found.setdefault(match["module"], {})
         if match["side"] in sides:
             self.duplicate.append(name)
@@ -131,7 +138,11 @@ class _AdapterReader:
         target = self.plan.resolve(weight)
         return None if target is None or target.slot.shape.cols is None else target
 
+    def _is_of_first(self, module: str) -> bool:
+        return self.first is not None and module.startswith(self.first)
+
     def _weight_of(self, module: str) -> str:
+        module = module.removeprefix(self.first or "")
         return with_prefix(f"{module}.weight", self.prefix)
 
     def _check_shape(self, name: str, side: str, target: Target, value: Tensor) -> None:
@@ -156,6 +167,12 @@ class _AdapterReader:
                 self.duplicate += [name for name, _ in sides.values()]
             pairs.append(Factors(rows, sides["A"][1], sides["B"][1], self.scale))
         return adapter
+
+
+def _first_model(plan: SyncPlan, prefix: str) -> str | None:
+    """What names of the first of several models begin with, where `prefix` is that of another one."""
+    first = f"{plan.components[0]}." if len(plan.components) > 1 else prefix
+    return first if prefix not in ("", first) else None
 
 
 def _twin(name: str) -> str:

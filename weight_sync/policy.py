@@ -90,12 +90,14 @@ class Policy(ServedWeights):
     ) -> UpdateReport:
         """Serve the base weights with one adapter merged in, in place of the adapter before.
 
-        With a `prefix` only layers whose names begin with it change.
+        With a `prefix` only layers whose names begin with it change; without one, where there are several models,
+        those of the models that the adapter's names speak of.
         """
         self._need_master("update_lora")
         self.check_servable()
         with self.begin(version) as session:  # reads under the session: nobody changes the base meanwhile
-            self._merge(session, read_adapter(source, self.plan, alpha, rank, prefix), prefix)
+            adapter = read_adapter(source, self.plan, alpha, rank, prefix)
+            self._merge(session, adapter, (prefix,) if prefix else self._starts(adapter))
         assert session.report is not None
         return session.report
 
@@ -104,13 +106,21 @@ class Policy(ServedWeights):
         self._need_master("remove_lora")
         self.check_servable()
         with self.begin(version) as session:
-            self._merge(session, Adapter(), prefix)
+            self._merge(session, Adapter(), (prefix,))
         assert session.report is not None
         return session.report
 
-    def _merge(self, session: WeightSession, adapter: Adapter, prefix: str) -> None:
+    def _starts(self, adapter: Adapter) -> tuple[str, ...]:
+        """What the names of the models begin with that an adapter is for."""
+        if len(self.plan.components) < 2:
+            return ("",)
+        starts = (f"{component}." for component in self.plan.components)
+        return tuple(start for start in starts if any(slot.name.startswith(start) for slot in adapter.factors))
+
+    def _merge(self, session: WeightSession, adapter: Adapter, starts: tuple[str, ...]) -> None:
+        """`adapter` takes the place of what is on the slots whose names begin so."""
         master = self._need_master("update_lora")
-        others = {slot: units for slot, units in master.adapter.factors.items() if not slot.name.startswith(prefix)}
+        others = {slot: units for slot, units in master.adapter.factors.items() if not slot.name.startswith(starts)}
         whole = Adapter({**others, **adapter.factors})
         session.merge(whole, [slot for slot in master.touched(whole) if slot not in others])
 

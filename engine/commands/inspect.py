@@ -19,8 +19,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "inspect",
         help="what a checkpoint holds: schemes, layouts, bytes, scales, kept modules",
-        description="Reads configs and file headers only, no tensor (but for --against). "
-        "Modules that differ in numbers only share a row.",
+        description="Reads configs and file headers, no tensor (but for --against, and some rows where only values "
+        "tell how NVFP4 lies). Modules that differ in numbers only share a row.",
     )
     parser.add_argument("path", help="model folder, diffusion pipeline, file of diffusion weights, or hub id")
     parser.add_argument(

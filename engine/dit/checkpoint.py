@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...quant import ModelError
+from ...quant import ConfigError, ModelError
 from ...weight_sync import Source
 from ..checkpoint import locate, read_json
 from ..config import EngineConfig, NVFP4Layout
@@ -49,11 +49,18 @@ class DiffusionCheckpoint:
     def open_weights(self, path: str | Path, component: str, layout: NVFP4Layout | None) -> Source:
         """New weights of this model from a file or folder, as stored tensors; `component` "": of all of them.
 
-        The config is that of the model, where none lies beside the weights.
+        The config is that of the model, where none lies beside the weights. `ConfigError`: a place that does not hold
+        every transformer of this model does not tell which one it is for.
         """
         place = locate(path)
-        parts = parts_of(place) or {component or "transformer": place}
-        wanted = [component] if component else list(parts)
+        parts = parts_of(place)
+        if not component and not parts.keys() >= self.transformers.keys():
+            raise ConfigError(
+                f"{place} holds one transformer, and there are {len(self.transformers)} modules: say module=...; "
+                f"possible: {', '.join(self.transformers)}"
+            )
+        parts = parts or {component: place}
+        wanted = [component] if component else list(self.transformers)
         if not set(wanted) <= parts.keys():
             raise ModelError(f"{place} holds {', '.join(parts)}, but no {component}")
         opened = {n: open_transformer(parts[n], layout, self.transformers[n].config) for n in wanted}

@@ -46,6 +46,11 @@ class WeightFiles:
         with open_file(self._file_of[name]) as handle:
             return handle.get_tensor(name)
 
+    def read_rows(self, name: str, count: int) -> Tensor:
+        """The first `count` rows of one tensor."""
+        with open_file(self._file_of[name]) as handle:
+            return handle.get_slice(name)[:count]
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, file by file, in the order of the file."""
         for path in self.paths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .layout import Evidence, FileLayout, decide_layout
 from .native import check_others, find_names, leaf_of, place_module, unknown_names
 from .native_config import infer_config
 from .plan import make_plan
+from .scale_order import find_scale_order
 
 
 class StoredTransformer(Struct, frozen=True):
@@ -65,7 +67,8 @@ def open_transformer(
 
 
 def summarize(place: Path, layout: NVFP4Layout | None = None) -> FileSummary:
-    """Read the headers of a folder or file; `layout` as the user says it."""
+    """Read the headers of a folder or file, and some rows where only values tell the layout; `layout`: as the user
+    says it."""
     files = WeightFiles(place)
     names, prefix = find_names(files.tensors)
     check_others(files.tensors, prefix)
@@ -75,10 +78,11 @@ def summarize(place: Path, layout: NVFP4Layout | None = None) -> FileSummary:
     evidence = Evidence(
         names,
         modelopt=said is not None,
-        by_layer="_quantization_metadata" in files.metadata,
+        post_processed=not files.metadata.keys().isdisjoint(("quantization_config", "_quantization_metadata")),
         comfy=any(name.endswith(".comfy_quant") for name in files.tensors),
     )
-    found = FileLayout(names, prefix, decide_layout(layers, evidence, layout))
+    nvfp4 = decide_layout(layers, evidence, layout, partial(find_scale_order, files, prefix))
+    found = FileLayout(names, prefix, nvfp4)
     return FileSummary(files, layers, found, said, config)
 
 

@@ -110,14 +110,6 @@ def test_the_comfy_file_opens_without_a_flag(recorded, open_float32):
 # what a file says
 
 
-def test_modelopts_list_of_layers_says_tiles(flux1, as_layout, layers_metadata, write_folder):
-    """Shapes tell nothing here: every number of rows is a multiple of 128, of scales a multiple of 4."""
-    tensors, config = flux1
-    opened = open_transformer(write_folder(as_layout(tensors, LOW_TILES), config, layers_metadata(tensors)))
-    assert opened.layout.nvfp4 == LOW_TILES
-    assert_stored(opened, tensors)
-
-
 def test_modelopts_config_in_the_header(without_config, flux1, as_layout, layers_metadata, write_folder):
     tensors, config = without_config
     said = {"quantization_config": json.dumps(flux1[1]["quantization_config"])}
@@ -150,7 +142,7 @@ def test_padding_is_cut_back_to_the_models_shape(odd_rows, as_layout, write_fold
 
 
 def test_padded_rows_with_linear_scales(odd_rows, as_layout, layers_metadata, write_folder):
-    """The list of layers stands for tiles only where the shapes admit them."""
+    """Scales of 24 rows are not in tiles, whatever a list of layers stands for."""
     tensors, config = odd_rows
     opened = open_transformer(write_folder(as_layout(tensors, LOW_LINEAR, pad=16), config, layers_metadata(tensors)))
     assert opened.layout.nvfp4 == LOW_LINEAR
@@ -247,11 +239,11 @@ def test_a_silent_file_opens_with_a_layout(layout, without_config, as_layout, wr
 
 
 def test_a_layout_is_honoured_over_what_the_file_says(flux1, as_layout, layers_metadata, write_folder):
-    """ModelOpt's config and list of layers say low nibble first and tiles."""
+    """ModelOpt's config says low nibble first."""
     tensors, config = flux1
     folder = write_folder(as_layout(tensors, HIGH_LINEAR), config, layers_metadata(tensors))
     assert_stored(open_transformer(folder, HIGH_LINEAR), tensors)
-    assert open_transformer(folder).layout.nvfp4 == LOW_TILES
+    assert open_transformer(folder).layout.nvfp4 == LOW_LINEAR
 
 
 def test_a_layout_that_the_shapes_contradict_is_refused(recorded):

@@ -88,6 +88,47 @@ def test_a_module_that_is_not_there(two_transformers, dit, open_engine, weights_
         single.weight_session(module="transformer_2")
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_weights_of_one_transformer_need_a_module(kind, two_transformers, open_engine, unchanged):
+    """Nothing in a bare folder or file tells whose weights they are."""
+    engine = open_engine(two_transformers, quant="nvfp4")
+    check = unchanged(engine, "wan")
+    place = two_transformers / "transformer_2"
+    place = place if kind == "folder" else next(place.glob("*.safetensors"))
+    with pytest.raises(ConfigError, match="module=.*possible: transformer, transformer_2"):
+        engine.update_weights(place, version="1")
+    with pytest.raises(ConfigError, match="module="):
+        engine.digest(place)
+    check()
+    assert engine.update_weights(place, module="transformer_2").status == "committed"
+
+
+def test_a_pipeline_brings_both_without_a_module(two_transformers, open_engine, other_weights, snapshot):
+    engine = open_engine(two_transformers, quant="nvfp4")
+    start = snapshot(engine)
+    for seed, module in enumerate(engine.transformers):
+        engine.update_weights(other_weights("wan", seed=40 + seed), module=module)
+    assert snapshot(engine) != start
+    assert engine.update_weights(two_transformers).coverage == 1.0
+    assert snapshot(engine) == start
+
+
+def test_a_pipeline_of_one_transformer_is_not_half_a_swap(two_transformers, tmp_path, open_engine, unchanged):
+    engine = open_engine(two_transformers, quant="nvfp4")
+    check = unchanged(engine, "wan")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "transformer").symlink_to(two_transformers / "transformer")
+    with pytest.raises(ConfigError, match="module="):
+        engine.update_weights(tmp_path / "half")
+    check()
+    assert engine.update_weights(tmp_path / "half", module="transformer").status == "committed"
+
+
+def test_a_pipeline_with_more_transformers_than_the_engine(two_transformers, dit, open_engine):
+    engine = open_engine(dit("wan"), quant="nvfp4")
+    assert engine.update_weights(two_transformers).status == "committed"
+
+
 def test_names_of_the_other_module_are_unknown(two_transformers, open_engine, weights_of, unchanged):
     engine = open_engine(two_transformers, quant="nvfp4")
     check = unchanged(engine, "wan")
@@ -118,6 +159,48 @@ def test_each_keeps_its_own_adapter(prefix, quant, two_transformers, open_engine
     assert of_component(snapshot(engine), "transformer_2") == second
     engine.remove_lora()
     assert snapshot(engine) == base
+
+
+@pytest.mark.parametrize("first", ["transformer", "transformer_2"])
+def test_full_names_without_a_module_leave_the_adapter_of_the_other(first, two_transformers, open_engine, snapshot):
+    """As with `module=`: an adapter takes the place of those of the modules that it names."""
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    (second,) = engine.transformers.keys() - {first}
+    engine.update_lora(make_adapter(1, ""), alpha=ALPHA, rank=RANK, module=first)
+    adapted = of_component(snapshot(engine), first)
+    engine.update_lora(make_adapter(2, f"{second}."), alpha=ALPHA, rank=RANK)
+    assert of_component(snapshot(engine), first) == adapted
+    engine.update_lora(make_adapter(3, f"{second}."), alpha=ALPHA, rank=RANK)
+    apart = open_engine(two_transformers, quant="nvfp4", master="host")
+    both = make_adapter(1, f"{first}.") | make_adapter(3, f"{second}.")
+    assert apart.update_lora(both, alpha=ALPHA, rank=RANK).digest == engine.digest()
+    engine.remove_lora()
+    assert snapshot(engine) == snapshot(open_engine(two_transformers, quant="nvfp4"))
+
+
+@pytest.mark.parametrize("start", ["transformer.", "base_model.model.transformer."])
+def test_a_file_for_the_first_transformer_goes_into_the_second_one(start, two_transformers, open_engine, snapshot):
+    """diffusers begins the names of either's adapter with `transformer.`: `load_into_transformer_2=True` chooses."""
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    base = snapshot(engine)
+    digest = engine.update_lora(make_adapter(1, ""), alpha=ALPHA, rank=RANK, module="transformer_2").digest
+    engine.remove_lora()
+    report = engine.update_lora(make_adapter(1, start), alpha=ALPHA, rank=RANK, module="transformer_2")
+    assert report.digest == digest
+    assert of_component(snapshot(engine), "transformer") == of_component(base, "transformer")
+
+
+def test_an_adapter_for_both_does_not_go_into_one(two_transformers, open_engine, unchanged):
+    engine = open_engine(two_transformers, quant="nvfp4", master="host")
+    check = unchanged(engine, "wan")
+    first = {name.replace("to_q", "to_out.0"): value for name, value in make_adapter(1, "transformer.").items()}
+    for second in (make_adapter(2, "transformer_2."), make_adapter(2, "")):
+        with pytest.raises(CoverageError, match="unexpected") as error:
+            engine.update_lora(first | second, alpha=ALPHA, rank=RANK, module="transformer_2")
+        assert set(error.value.unexpected) == set(first)
+    with pytest.raises(CoverageError, match="unexpected"):
+        engine.update_lora(make_adapter(2, "transformer_2."), alpha=ALPHA, rank=RANK, module="transformer")
+    check()
 
 
 def test_new_base_weights_of_one_leave_the_adapter_of_the_other(two_transformers, open_engine, snapshot):
