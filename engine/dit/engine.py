@@ -94,8 +94,8 @@ class DiffusionEngine(Engine):
     @property
     def pipeline(self) -> Any:
         """diffusers' pipeline with its text encoders, VAE and scheduler, around our transformers; None without one."""
-        self._check_open()
         with self._made:
+            self._check_open()
             if self._pipeline is None and self.checkpoint.folder is not None:
                 modules = {name: transformer.module for name, transformer in self.transformers.items()}
                 self._pipeline = self._place(self.checkpoint.pipeline(torch_dtype=self.dtype, **modules))

@@ -318,6 +318,19 @@ def test_close_while_images_are_decoded_ends_the_call(open_engine, pipeline_fold
         call.get()
 
 
+@pytest.mark.parametrize("made", ["pipeline", "rollouts"])
+def test_nothing_is_made_of_an_engine_that_closes_meanwhile(made, open_engine, pipeline_folder):
+    """Without its transformers a pipeline would load those of the folder."""
+    engine = open_engine(pipeline_folder("flux2"))
+    with engine._made:
+        call = Call(getattr, engine, made)
+        call.join(0.1)
+        assert call.is_alive()
+        engine.close()
+    with pytest.raises(ClosedError):
+        call.get()
+
+
 # pauses
 
 
