@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import msgspec
 from msgspec import Struct
@@ -47,8 +47,33 @@ class _Checked(type(Struct)):
 class Settings(Struct, frozen=True, metaclass=_Checked):
     """What users set. `bounds` says what must hold for the values, once their types are right."""
 
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            msgspec.structs.force_setattr(self, name, _frozen(getattr(self, name)))
+
     def bounds(self) -> dict[str, bool]:
         return {}
+
+
+class FrozenDict(dict[Any, Any]):
+    """A dict of settings: what its maker does to the original, and what others try on it, changes nothing."""
+
+    def _refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("settings are frozen: make new ones")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> Any:
+        return FrozenDict, (dict(self),)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists become tuples and dicts `FrozenDict`s; what else users give is immutable already."""
+    if isinstance(value, list):
+        return tuple(_frozen(one) for one in value)
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(one) for key, one in value.items()})
+    return value
 
 
 def _short(value: Any) -> str:

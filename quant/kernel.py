@@ -12,7 +12,7 @@ from .errors import UnsupportedError
 from .kernels.exact import ExactKernel
 from .kernels.plain import PlainKernel
 from .kernels.reference import ReferenceKernel
-from .kernels.torch_fp8 import TorchFP8Kernel
+from .kernels.torch_fp8 import TorchFP8Kernel, TorchFP8WeightOnly
 from .scheme import Plain, Scheme, Stored, TensorSpec, WeightShape
 
 
@@ -52,6 +52,9 @@ class LinearKernel(Protocol):
 
 
 LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (PlainKernel, ExactKernel, TorchFP8Kernel, ReferenceKernel)
+
+# What multiplies the packed weights of a kernel with activations as they are, where it does not do so itself.
+WEIGHT_ONLY: dict[type[LinearKernel], type[LinearKernel]] = {TorchFP8Kernel: TorchFP8WeightOnly}
 
 # What `auto` walks for quantized layers. float32 is the arithmetic of proofs: `exact` sums in another order than a
 # fake-quantized trainer, which flips a rounding tie now and then. On a CPU `_scaled_mm` is some 40 times slower.

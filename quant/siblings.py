@@ -9,8 +9,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from .device import Capability
-from .errors import UnsupportedError
-from .kernel import LinearKernel, select_kernel
+from .kernel import WEIGHT_ONLY, LinearKernel, select_kernel
 from .scheme import FP8, Plain, Scheme, Stored, TensorSpec, WeightShape
 from .slot import WeightSlot
 
@@ -49,7 +48,8 @@ class SiblingLinears:
     """y_i = x W_i^T (+ bias): one slot over the named modules, a kernel for each of them.
 
     They share what the scheme shares between shards (NVFP4's global scale), as ModelOpt lets linears do that read the
-    same input; each is computed when it is asked for.
+    same input; each is computed when it is asked for. `no_weight_only`: why `apply_weight_only` is not to be had,
+    or None.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class SiblingLinears:
         packer = SplitPacker(scheme, shape, self.kernels)
         self.slot = WeightSlot(name, [modules], scheme, shape, packer, device=capability.device, fused=fused)
         self._packed = [_of_shard(self.slot.tensors, i) for i in range(len(rows))]
+        self._weight_only, self.no_weight_only = self._make_weight_only()
 
     def apply(self, shard: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, rows of the shard], in `dtype`."""
@@ -83,21 +84,26 @@ class SiblingLinears:
         return self.kernels[shard].apply(x, self._packed[shard], bias)
 
     def apply_weight_only(self, shard: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same packed weights, the activations as they are."""
-        return self._weight_only(self.kernels[shard]).apply(x, self._packed[shard], bias)
+        """The same packed weights, the activations as they are. Only where `no_weight_only` is None."""
+        return self._weight_only[shard].apply(x, self._packed[shard], bias)
 
-    def _weight_only(self, kernel: LinearKernel) -> LinearKernel:
+    def _make_weight_only(self) -> tuple[list[LinearKernel], str | None]:
+        """The kernels that read what is packed and leave activations alone; or none, and why."""
         scheme = self.scheme
         if isinstance(scheme, Plain) or scheme.activation == "none":
-            return kernel
-        scheme, kind = replace(scheme, activation="none"), type(kernel)  # pyright: ignore[reportArgumentType]
-        reason = kind.unsupported(scheme, kernel.shape, self.dtype, self.capability)
-        if reason is None:
-            made = kind(scheme, kernel.shape, self.dtype, self.capability)
-            if made.packed().items() <= kernel.packed().items():
-                return made
-            reason = "packs weights otherwise when activations are not quantized"
-        raise UnsupportedError(f"{self.slot.name}: precision 'weight_only'", [f"{kernel.name}: {reason}"])
+            return self.kernels, None
+        scheme = replace(scheme, activation="none")  # pyright: ignore[reportArgumentType]
+        made: list[LinearKernel] = []
+        for kernel in self.kernels:
+            kind = WEIGHT_ONLY.get(type(kernel), type(kernel))
+            reason = kind.unsupported(scheme, kernel.shape, self.dtype, self.capability)
+            if reason is None:
+                made.append(kind(scheme, kernel.shape, self.dtype, self.capability))
+                if not made[-1].packed().items() <= kernel.packed().items():
+                    reason = "packs weights otherwise when activations are not quantized"
+            if reason is not None:
+                return [], f"{self.slot.name}: {kernel.name}: {reason}"
+        return made, None
 
 
 def _of_shard(tensors: Stored, shard: int) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from msgspec.structs import asdict, replace
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...quant import find_capability
 from ...weight_sync import Source, SyncPlan, UpdateReport, WeightSession
@@ -27,11 +27,12 @@ from .families import Family, default_keep, find_family
 from .params import DiffusionParams, Precisions, Want
 from .progress import show_samples
 from .prompts import DiffusionPrompts, check_embeds, embed_prompts, place_embeds
-from .ranking import Reward, check_keep, extremes, read_rewards
+from .ranking import Reward, check_keep, check_versions, extremes, read_rewards
 from .rollouts import Call, DiffusionRollouts, Wanted
 from .sample import DiffusionSample, Exploration
 from .seeds import SeedSource
 from .transformer import PrecisionSwitch, Transformer
+from .turns import Turns
 
 log = logging.getLogger("rollmill")
 
@@ -42,6 +43,7 @@ class DiffusionEngine(Engine):
 
     def __init__(self, path: str | Path, config: EngineConfig | None = None) -> None:
         super().__init__(path, config)
+        _check_diffusion(self.config)
         toggles = read_toggles()
         self.checkpoint = checkpoint = DiffusionCheckpoint(path, self.config)
         capability = find_capability(self.config.device)
@@ -68,8 +70,9 @@ class DiffusionEngine(Engine):
         self._rollouts: DiffusionRollouts | None = None
         self._made = threading.RLock()  # one pipeline and one loop, whichever thread asks first
         self._seeds = SeedSource(self.config.seed)
-        self._gate = StepGate()
-        self._policy.commit_gate = self._gate.visit
+        self._turns = Turns(self._policy, self.device)
+        for transformer in self.transformers.values():
+            transformer.compute_within(self._turns.call)
 
     def _sync_plan(self) -> SyncPlan:
         slots = [slot for transformer in self.transformers.values() for slot in transformer.slots]
@@ -91,17 +94,25 @@ class DiffusionEngine(Engine):
     @property
     def pipeline(self) -> Any:
         """diffusers' pipeline with its text encoders, VAE and scheduler, around our transformers; None without one."""
-        self._check_open()
         with self._made:
+            self._check_open()
             if self._pipeline is None and self.checkpoint.folder is not None:
                 modules = {name: transformer.module for name, transformer in self.transformers.items()}
-                self._pipeline = self.checkpoint.pipeline(torch_dtype=self.dtype, **modules)
+                self._pipeline = self._place(self.checkpoint.pipeline(torch_dtype=self.dtype, **modules))
             return self._pipeline
+
+    def _place(self, pipeline: Any) -> Any:
+        """Encoders and VAE on the engine's device, where the transformers are."""
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in self.transformers:
+                part.to(self.device)
+        return pipeline
 
     @property
     def rollouts(self) -> DiffusionRollouts:
         """The loop, made when the first rollout asks for it: a model without a family can be swapped and called."""
         with self._made:
+            self._check_open()
             if self._rollouts is None:
                 self._rollouts = self._make_rollouts()
             return self._rollouts
@@ -120,8 +131,7 @@ class DiffusionEngine(Engine):
             self.transformers,
             family,
             self._scheduler(family),
-            self._policy,
-            self._gate,
+            self._turns,
             max_batch=self.config.max_denoise_batch,
             boundary=None if boundary is None else boundary * 1000,
         )
@@ -148,10 +158,10 @@ class DiffusionEngine(Engine):
     ) -> list[DiffusionSample]:
         """Draw `params.n` samples of every prompt, prompt-major; prompts as text need the pipeline's encoders.
 
-        `progress` shows a bar on stderr. While the engine is paused this waits for `resume`; batches of several
-        threads take turns.
+        `progress` shows a bar on stderr. While the engine is paused this waits for `resume`, and where it is put to
+        sleep meanwhile, for new weights; begun asleep it is an `AsleepError`. Batches of several threads take turns.
         """
-        self._check_open()
+        self._check_begin()
         call = self._call(DiffusionParams() if params is None else params)
         embeds = embed_prompts(prompts, call.params, self.rollouts.family, self.pipeline, self.device, self.dtype)
         return self._run(call, self._seeds.wanted(call.params, embeds), progress=progress)
@@ -187,7 +197,7 @@ class DiffusionEngine(Engine):
         progress: bool = False,
     ) -> list[DiffusionSample]:
         """The same samples again, from the same noise, with today's weights: in `precision`, or in their own."""
-        self._check_open()
+        self._check_begin()
         done: list[DiffusionSample] = []
         for params, group in itertools.groupby(samples, key=lambda sample: sample.params):
             changes = {"precision": precision, "want": want}
@@ -215,9 +225,10 @@ class DiffusionEngine(Engine):
         `precision` from the same noise (Sol-RL, arXiv:2604.06916).
 
         `reward` gets all samples of one prompt and returns a finite number for each. Of equal rewards the sample that
-        came first ranks higher. `params.n` is of no effect: `pool` is the number of samples.
+        came first ranks higher. `params.n` is of no effect: `pool` is the number of samples. `StaleVersionError` where
+        a swap came between a pool and its replay: explore again.
         """
-        self._check_open()
+        self._check_begin()
         check_keep(keep, pool)
         asked = DiffusionParams(**{**asdict(params or DiffusionParams()), "n": pool})
         self._call(replace(asked, precision=precision))  # errors come before anything is computed
@@ -227,7 +238,9 @@ class DiffusionEngine(Engine):
         for group in groups:
             rewards = read_rewards(reward(group), pool)
             best, worst = extremes(rewards, keep)
-            kept = self.replay([group[i] for i in (*best, *worst)], precision, progress=progress)
+            ranked = [group[i] for i in (*best, *worst)]
+            kept = self.replay(ranked, precision, progress=progress)
+            check_versions(ranked, kept)
             found.append(Exploration(rewards=rewards, best=best, worst=worst, samples=kept))
         return found
 
@@ -252,15 +265,24 @@ class DiffusionEngine(Engine):
             cfg = scale, params.true_cfg_scale_2 or scale
         return self.rollouts.plan(params, self.rollouts.family.guidance(params), cfg)
 
-    def pause(self) -> None:
-        """Stop between two batches of samples, until `resume`; returns once none is under way."""
+    def pause(self, mode: Literal["keep"] = "keep") -> None:
+        """Stop between two batches of samples, until `resume`; returns once none is under way.
+
+        "keep" is the only mode: calls go on where they stopped.
+        """
+        if mode != "keep":
+            raise RequestError(f"pause mode {mode!r}; possible: keep (batches under way run to their end)")
         self._check_open()
-        self.rollouts.pause()
+        self._turns.pause()
 
     def resume(self) -> None:
         """Go on after `pause`."""
         self._check_open()
-        self.rollouts.resume()
+        self._turns.resume()
+
+    def _check_begin(self) -> None:
+        self._check_open()
+        self._turns.check_begin()
 
     # weights, by component
 
@@ -323,14 +345,24 @@ class DiffusionEngine(Engine):
             "transformers": {name: one.config.get("_class_name") for name, one in self.transformers.items()},
             "dual": self.config.dual,
             "max_denoise_batch": self.config.max_denoise_batch,
-            "paused": self._rollouts is not None and self._rollouts.paused,
+            "paused": self._turns.paused,
         }
 
     def _stop(self) -> StepGate:
-        if self._rollouts is not None:
-            self._rollouts.close()
-        return self._gate
+        self._turns.close()
+        return self._turns.gate
 
     def _drop(self) -> None:
-        self.transformers.clear()
-        self._pipeline = self._rollouts = None
+        with self._made:
+            self.transformers.clear()
+            self._pipeline = self._rollouts = None
+
+
+LANGUAGE_SETTINGS = ("moe_runner", "max_batch_size", "max_step_tokens", "kv_cache_tokens", "prefix_cache")
+
+
+def _check_diffusion(config: EngineConfig) -> None:
+    given = {name: getattr(config, name) for name in LANGUAGE_SETTINGS}
+    changed = [f"{name}={value!r}" for name, value in given.items() if value != getattr(EngineConfig(), name)]
+    if changed:
+        raise UnsupportedError(", ".join(changed), ["these are for language models; leave them at their defaults"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from typing import Literal
 
 from ...quant import ConfigError
@@ -67,7 +68,7 @@ class FlowSDE(Settings, frozen=True, tag=True):
     log_density: LogDensity = "gaussian"
 
     def bounds(self) -> dict[str, bool]:
-        return {"noise_level > 0": self.noise_level > 0}
+        return {"noise_level > 0, finite": 0 < self.noise_level < inf}
 
 
 class FlowCPS(Settings, frozen=True, tag=True):
@@ -92,7 +93,7 @@ class DanceSDE(Settings, frozen=True, tag=True):
     log_density: LogDensity = "gaussian"
 
     def bounds(self) -> dict[str, bool]:
-        return {"eta > 0": self.eta > 0}
+        return {"eta > 0, finite": 0 < self.eta < inf}
 
 
 Solver = ODE | FlowSDE | FlowCPS | DanceSDE
@@ -150,9 +151,10 @@ class DiffusionParams(Settings, frozen=True):
             "0 <= init_seed < 2**32": self.init_seed is None or 0 <= self.init_seed < 2**32,
             "0 <= step_seed < 2**32": self.step_seed is None or 0 <= self.step_seed < 2**32,
             "training_step >= 0": self.training_step >= 0,
-            "true_cfg_scale >= 1": self.true_cfg_scale is None or self.true_cfg_scale >= 1,
-            "true_cfg_scale_2 >= 1, with true_cfg_scale above 1": self.true_cfg_scale_2 is None
-            or (self.true_cfg_scale_2 >= 1 and self.wants_cfg),
+            "guidance_scale finite": self.guidance_scale is None or isfinite(self.guidance_scale),
+            "true_cfg_scale >= 1, finite": self.true_cfg_scale is None or 1 <= self.true_cfg_scale < inf,
+            "true_cfg_scale_2 >= 1, finite, with true_cfg_scale above 1": self.true_cfg_scale_2 is None
+            or (1 <= self.true_cfg_scale_2 < inf and self.wants_cfg),
             "negative_prompt with true_cfg_scale above 1": self.negative_prompt is None or self.wants_cfg,
         }
 

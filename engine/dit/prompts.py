@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ def check_embeds(embeds: Embeds, family: Family, name: str, *, needs_negative: b
     _check_pooled(embeds.pooled, family.pooled_width, name)
     if embeds.mask is not None:
         _check_mask(embeds, name, masked=family.MASKED)
+    _check_finite({"prompt": embeds.prompt, "pooled": embeds.pooled}, name)
     if embeds.negative is not None:
         if embeds.negative.negative is not None:
             raise RequestError(f"{name}: negative embeds have no negative embeds of their own")
@@ -91,6 +92,12 @@ def _check_mask(embeds: Embeds, name: str, *, masked: bool) -> None:
         raise RequestError(f"{name}: a mask is bool [{embeds.prompt.shape[0]}], as the embeds are long{_got(mask)}")
     if not bool(mask.any()):
         raise RequestError(f"{name}: the mask hides every token")
+
+
+def _check_finite(parts: Mapping[str, Tensor | None], name: str) -> None:
+    broken = [part for part, tensor in parts.items() if tensor is not None and not bool(tensor.isfinite().all())]
+    if broken:
+        raise RequestError(f"{name}: embeds hold NaN or infinity in {', '.join(broken)}")
 
 
 def _got(value: object) -> str:

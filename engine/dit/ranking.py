@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RequestError
+from ..errors import RequestError, StaleVersionError
 from .sample import DiffusionSample
 
 Reward = Callable[[Sequence[DiffusionSample]], Sequence[float] | Tensor]
@@ -33,6 +33,16 @@ def read_rewards(given: Any, count: int) -> Tensor:
         places = (~rewards.isfinite()).nonzero().flatten().tolist()
         raise RequestError(f"reward returned numbers that are not finite for samples {places[:10]}")
     return rewards
+
+
+def check_versions(ranked: Sequence[DiffusionSample], again: Sequence[DiffusionSample]) -> None:
+    """`StaleVersionError` unless samples were computed again with the weights that they were ranked with."""
+    for before, after in zip(ranked, again, strict=True):
+        if before.weight_version != after.weight_version:
+            raise StaleVersionError(
+                f"prompt {before.prompt_index}: the pool was ranked with version {before.weight_version!r}, and "
+                f"its best and worst were computed again with {after.weight_version!r}: swap before or after explore"
+            )
 
 
 def extremes(rewards: Tensor, keep: tuple[int, int]) -> tuple[list[int], list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +10,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 from torch import Tensor
 
-from ...quant import ConfigError, ModelError
-from ...weight_sync import Policy
-from ..errors import ClosedError, PausedError, RequestError
-from ..step_gate import StepGate
+from ...quant import ModelError
+from ..errors import RequestError
 from .families import Embeds, Family, Size
 from .params import ODE, DiffusionParams, Solver, step_precisions, window_steps
 from .sample import DiffusionSample, Seeds
 from .schedule import Schedule, make_schedule
 from .solvers import StepNoise, draw_noise, log_density, make_steps
 from .transformer import Transformer
+from .turns import Turns
 
 SHARE = 16384  # elements that torch leaves to one thread; other operators than GELU do so with 32768
 
@@ -83,7 +81,8 @@ class DiffusionRollouts:
     """The transformers of a policy, and the loop over their steps.
 
     A trajectory is computed from one version of the weights: swaps wait for the batch under way. Samples of equal
-    shapes are computed `max_batch` at a time; none depends on which others are in its batch.
+    shapes are computed `max_batch` at a time. On a CPU none depends on which others are in its batch; on a GPU
+    libraries may choose another order of sums for another number of tokens, and nothing is claimed.
     """
 
     def __init__(
@@ -91,22 +90,16 @@ class DiffusionRollouts:
         transformers: Mapping[str, Transformer],
         family: Family,
         scheduler: Any,
-        policy: Policy,
-        gate: StepGate,
+        turns: Turns,
         *,
         max_batch: int,
         boundary: float | None,
     ) -> None:
-        self.transformers, self.family, self.scheduler, self.policy = dict(transformers), family, scheduler, policy
-        self.max_batch, self.boundary = max_batch, boundary
+        self.transformers, self.family, self.scheduler = dict(transformers), family, scheduler
+        self.turns, self.max_batch, self.boundary = turns, max_batch, boundary
         self.first = next(iter(self.transformers.values()))
-        self.gate = gate
         if boundary is not None and len(self.transformers) < 2:
             raise ModelError("the pipeline names a boundary_ratio between two transformers, and holds one only")
-        self._may_run = threading.Event()
-        self._may_run.set()
-        self._pauser: int | None = None  # the thread that paused
-        self._closed = False
 
     # calls
 
@@ -120,21 +113,19 @@ class DiffusionRollouts:
         schedule = make_schedule(self.scheduler, params, mu, linear=self.family.LINEAR_SIGMAS)
         window = window_steps(params.solver, params.steps, params.training_step)
         named = step_precisions(params.precision, params.steps, window)
-        precisions = [self.check_precision(name) for name in named]
+        known = {name: self.resolve_precision(name) for name in named}
+        precisions = [
+            known[name][self._is_second(now)] for name, now in zip(named, schedule.timesteps.tolist(), strict=True)
+        ]
         return Call(params, size, guidance, cfg, schedule, window, precisions)
 
-    def check_precision(self, name: str) -> str:
-        """The name that the linears know; `ConfigError` if they cannot compute in it."""
-        quant = self.first.resolver.plan.quant
-        if name in ("quantized", quant):
-            return "quantized"
-        possible = ["quantized", quant]
-        if quant != "bf16":
-            possible += ["weight_only", *(["bf16"] if self.first.dual else [])]
-        if name in possible:
-            return name
-        more = "" if "bf16" in possible else "; for 'bf16' open the engine with EngineConfig(dual='bf16')"
-        raise ConfigError(f"precision {name!r} is not to be had here; possible: {', '.join(possible)}{more}")
+    def resolve_precision(self, name: str) -> list[str]:
+        """What each transformer's linears call precision `name`; `ConfigError` if one cannot compute in it."""
+        return [transformer.resolve_precision(name) for transformer in self.transformers.values()]
+
+    def _is_second(self, timestep: float) -> bool:
+        """Whether it is of low noise, where there is a transformer for that."""
+        return self.boundary is not None and timestep < self.boundary
 
     @torch.no_grad()
     def run(
@@ -148,12 +139,10 @@ class DiffusionRollouts:
 
         `on_batch` hears of every batch, how many samples it had.
         """
-        if self._pauser == threading.get_ident():
-            raise PausedError("this thread has paused the engine and would wait for itself: call resume() first")
         done: dict[int, DiffusionSample] = {}
         for places in self._batches(wanted):
             trajectory, samples = self._run_batch(call, [wanted[place] for place in places])
-            if decode is not None:  # one by one: no image depends on its batch company, and a VAE wants much memory
+            if decode is not None:  # one by one: a VAE wants much memory, and on a CPU no image depends on its company
                 images = [decode(call, last[None])[0] for last in trajectory.last]
                 samples = [replace(sample, image=image) for sample, image in zip(samples, images, strict=True)]
             done |= zip(places, samples, strict=True)
@@ -172,17 +161,9 @@ class DiffusionRollouts:
     # one batch
 
     def _run_batch(self, call: Call, batch: Sequence[Wanted]) -> tuple[Trajectory, list[DiffusionSample]]:
-        while True:
-            self._may_run.wait()
-            with self.gate.step(lambda: not self._may_run.is_set()) as entered:
-                if self._closed:
-                    raise ClosedError("the engine has been closed")
-                if entered:
-                    self.policy.check_servable()
-                    version = self.policy.version
-                    assert version is not None
-                    trajectory = self._denoise(call, batch)
-                    return trajectory, list(self._samples(call, batch, trajectory, version))
+        with self.turns.batch() as version:
+            trajectory = self._denoise(call, batch)
+            return trajectory, list(self._samples(call, batch, trajectory, version))
 
     def _denoise(self, call: Call, batch: Sequence[Wanted]) -> Trajectory:
         params, held = call.params, getattr(torch, call.params.latents_dtype)
@@ -207,15 +188,15 @@ class DiffusionRollouts:
     def _velocity(self, call: Call, step: int, latents: Tensor, embeds: Sequence[Embeds]) -> Tensor:
         now = call.schedule.timesteps[step]
         timestep = now.to(latents.device).expand(len(latents))
-        second = self.boundary is not None and float(now) < self.boundary
-        transformer = list(self.transformers.values())[int(second)]  # high noise, low noise
+        second = self._is_second(float(now))
+        transformer = list(self.transformers.values())[second]  # high noise, low noise
         with self.first.switch.at(call.precisions[step]):
             velocity = self._forward(transformer, call, latents, timestep, embeds)
             if call.cfg is None:
                 return velocity
             negative = [one.negative for one in embeds if one.negative is not None]
             without = self._forward(transformer, call, latents, timestep, negative)
-        return self.family.guide(velocity, without, call.cfg[int(second)])
+        return self.family.guide(velocity, without, call.cfg[second])
 
     def _forward(
         self, transformer: Transformer, call: Call, latents: Tensor, timestep: Tensor, embeds: Sequence[Embeds]
@@ -263,27 +244,6 @@ class DiffusionRollouts:
                 weight_version=version,
                 params=call.params,
             )
-
-    # pausing
-
-    def pause(self) -> None:
-        """Returns once no batch is under way; the next ones wait for `resume`."""
-        self._pauser = threading.get_ident()
-        self._may_run.clear()
-        with self.gate.visit():
-            pass
-
-    def resume(self) -> None:
-        self._pauser = None
-        self._may_run.set()
-
-    @property
-    def paused(self) -> bool:
-        return not self._may_run.is_set()
-
-    def close(self) -> None:
-        self._closed = True
-        self._may_run.set()
 
 
 def _shapes(embeds: Embeds) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,26 +16,31 @@ Apply = Callable[[Tensor, Tensor | None], Tensor]  # x [num_tokens, in_features]
 
 
 class PrecisionSwitch:
-    """The precision that all linears of an engine compute in right now."""
+    """The precision that all linears of an engine compute in right now, in the thread that asks."""
 
     def __init__(self) -> None:
-        self.now = "quantized"
+        self._mine = threading.local()
+
+    @property
+    def now(self) -> str:
+        return getattr(self._mine, "precision", "quantized")
 
     @contextmanager
     def at(self, precision: str) -> Iterator[None]:
-        before, self.now = self.now, precision
+        before, self._mine.precision = self.now, precision
         try:
             yield
         finally:
-            self.now = before
+            self._mine.precision = before
 
 
 class SlotLinear(nn.Module):
     """x [..., in_features] -> [..., out_features] through the kernel of a slot.
 
-    `ways`: precision -> how; a precision that is not among them is computed as "quantized". `per_sample`: a scale is
-    taken over the first dimension's items one by one, so that no sample sees its neighbours. `read`: the weight
-    [out_features, in_features], None where it is quantized.
+    `ways`: precision -> how; which there are, `Transformer.resolve_precision` has checked. `per_sample`: a scale is
+    taken over the first dimension's items one by one, so that no sample's scale depends on its neighbours (on a GPU the
+    order of a product's sums may still depend on the number of tokens). `read`: the weight [out_features, in_features],
+    None where it is quantized.
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class SlotLinear(nn.Module):
         return self.weight.read is None
 
     def forward(self, x: Tensor) -> Tensor:
-        apply = self.ways.get(self.switch.now) or self.ways["quantized"]
+        apply = self.ways[self.switch.now]
         if self.per_sample and x.ndim > 1:
             outs = [apply(sample.reshape(-1, self.in_features), self.bias) for sample in x]
             return torch.stack(outs).view(*x.shape[:-1], self.out_features)

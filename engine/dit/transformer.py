@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...quant import Capability, ModelError, Plain, Scheme, SiblingLinears, UnsupportedError, WeightShape, WeightSlot
+from ...quant import (
+    Capability,
+    ConfigError,
+    ModelError,
+    Plain,
+    Scheme,
+    SiblingLinears,
+    UnsupportedError,
+    WeightShape,
+    WeightSlot,
+)
 from ...quant.linear import plain_slot
 from ..schemes import SchemeResolver
 from .groups import is_linear, sibling_linears
@@ -44,6 +57,8 @@ class Transformer:
         wide = getattr(self.module, "_keep_in_fp32_modules", None) or ()
         self._wide = frozenset([wide] if isinstance(wide, str) else wide)
         self._refused: dict[str, str] = {}  # module -> why it cannot be quantized
+        self._quants: set[str] = set()  # formats of the quantized layers
+        self._no_weight_only: str | None = None  # why one of them cannot
         for group, fused in list(sibling_linears(self.module)):
             for members in self._alike(group):
                 self._replace(members, fused if len(members) == len(group) else None)
@@ -61,6 +76,38 @@ class Transformer:
             for path, module in self.module.named_modules()
             if (isinstance(module, SlotLinear) and not module.quantized) or isinstance(module, convolutions | nn.Linear)
         ]
+
+    def resolve_precision(self, name: str) -> str:
+        """The name that all linears know for precision `name`; `ConfigError` if one cannot compute in it.
+
+        The name of a format stands for "quantized" only where every quantized layer is stored in it.
+        """
+        known = {"quantized": "quantized"}
+        if len(self._quants) < 2:
+            known[next(iter(self._quants), "bf16")] = "quantized"
+        if self._quants and self._no_weight_only is None:
+            known["weight_only"] = "weight_only"
+        if self._quants and self.dual:
+            known["bf16"] = "bf16"
+        if name in known:
+            return known[name]
+        possible = [f"of {self.name}; possible: {', '.join(known)}"]
+        if self._no_weight_only is not None:
+            possible.append(f"not weight_only: {self._no_weight_only}")
+        if "bf16" not in known:
+            possible.append("for 'bf16' open the engine with EngineConfig(dual='bf16')")
+        raise ConfigError(f"precision {name!r} is not to be had {'; '.join(possible)}")
+
+    def compute_within(self, turn: Callable[[], AbstractContextManager[None]]) -> None:
+        """Let every forward of the module happen within `turn()`."""
+        module, inner = weakref.ref(self.module), type(self.module).forward  # no cycle: it would hold the weights
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with turn():
+                return inner(module(), *args, **kwargs)
+
+        forward.__doc__, forward.__signature__ = inner.__doc__, inspect.signature(self.module.forward)  # pyright: ignore[reportFunctionMemberAccess]
+        self.module.forward = forward
 
     @property
     def width(self) -> int:
@@ -95,6 +142,9 @@ class Transformer:
             return
         served = self._siblings(modules, linears, scheme, fused)
         self.slots.append(served.slot)
+        if quantized:
+            self._quants.add(self.resolver.plan.quant_of(modules))
+            self._no_weight_only = self._no_weight_only or served.no_weight_only
         twin = None
         if self.dual and quantized:
             twin = self._siblings(modules, linears, self._plain(modules[0]), fused, suffix="@bf16")
@@ -213,8 +263,11 @@ class Transformer:
 
 def _ways(served: SiblingLinears, twin: SiblingLinears | None, shard: int) -> dict[str, Apply]:
     """Precision -> how to compute one sibling."""
-    ways: dict[str, Apply] = {"quantized": _bound(served.apply, shard)}
-    if not isinstance(served.scheme, Plain):
+    apply = _bound(served.apply, shard)
+    if isinstance(served.scheme, Plain):
+        return dict.fromkeys(("quantized", "weight_only", "bf16"), apply)
+    ways: dict[str, Apply] = {"quantized": apply}
+    if served.no_weight_only is None:
         ways["weight_only"] = _bound(served.apply_weight_only, shard)
     if twin is not None:
         ways["bf16"] = _bound(twin.apply, shard)
@@ -222,7 +275,7 @@ def _ways(served: SiblingLinears, twin: SiblingLinears | None, shard: int) -> di
 
 
 def _compute_sample_by_sample(conv: nn.Module) -> None:
-    """Libraries choose a convolution's order of sums by the whole batch: no sample is to notice its company."""
+    """Libraries choose a convolution's order of sums by the whole batch: on a CPU no sample notices its company so."""
     forward = conv.forward
     conv.forward = lambda x: torch.cat([forward(sample[None]) for sample in x])
 

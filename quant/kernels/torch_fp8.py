@@ -104,3 +104,19 @@ class TorchFP8Kernel:
             return quantize_fp8(x.contiguous(), input_scale)
         scale = fp8_scale(x, self.scheme.activation, input_scale)
         return numerics.quantize_fp8_activation(x, scale), scale
+
+
+class TorchFP8WeightOnly(TorchFP8Kernel):
+    """The same packed weights, decoded for every product with activations as they are: exact codes, row scales after.
+
+    No kernel to serve with: it moves more memory than BF16 weights. It is for single steps of a quantized engine.
+    """
+
+    @staticmethod
+    def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
+        return None if isinstance(scheme, FP8) and scheme.activation == "none" else "leaves activations as they are"
+
+    def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
+        products = pad_to(x.to(self.dtype), cols=TILE) @ packed["weight"].to(self.dtype).t()
+        out = (products.float() * packed["row_scale"])[:, : self.shape.num_rows]
+        return (out if bias is None else out + bias).to(self.dtype)

@@ -124,6 +124,28 @@ def test_weight_only_leaves_activations_alone(scheme, make, weights):
         torch.testing.assert_close(siblings.apply_weight_only(shard, x), x @ weight.T, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["per_token", "per_tensor", "static"])
+def test_weight_only_over_what_scaled_mm_has_packed(activation, weights, monkeypatch):
+    """Unequal row scales, rows and columns that are padded; BF16 rounds products and results."""
+    monkeypatch.setattr("rollmill.quant.kernels.torch_fp8.cpu_takes_row_scales", lambda: True)
+    scheme, cols = make_scheme("fp8", activation), 60
+    rows = [one - 3 for one in ROWS]
+    siblings = SiblingLinears(
+        "attn", MODULES, rows, cols, scheme, capability=CPU, dtype=torch.bfloat16, kernel="torch_fp8"
+    )
+    cut = [w[:count, :cols] for w, count in zip(weights.values(), rows, strict=True)]
+    load(siblings.slot, dict(zip(weights, cut, strict=True)), scheme)
+    assert siblings.no_weight_only is None
+    stored = scheme.quantize(torch.cat(cut), siblings.slot.shape)
+    decoded = scheme.dequantize(stored, siblings.slot.shape).split(rows)
+    x, bias = normal(5, cols, seed=4).bfloat16(), normal(rows[0], seed=5).bfloat16()
+    for shard, weight in enumerate(decoded):
+        out = siblings.apply_weight_only(shard, x, bias[: rows[shard]])
+        assert out.dtype == torch.bfloat16
+        expected = x.float() @ weight.float().T + bias[: rows[shard]].float()
+        torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
+
+
 def test_one_meter_sees_the_input_once(make, weights):
     scheme = SCHEMES["fp8-static"]
     siblings = make(scheme)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rollmill.engine import ConfigError, DiffusionParams, FlowSDE, RequestError
+from rollmill.engine import ConfigError, DiffusionParams, FlowSDE, RequestError, StaleVersionError
 
 PARAMS = DiffusionParams(steps=3, height=32, width=32, solver=FlowSDE(), want=["latents", "logprobs"], init_seed=3)
 
@@ -97,3 +97,20 @@ def test_a_precision_that_is_not_there_is_refused_before_the_pool(open_engine, m
         make_embeds("flux"), reward=mean_latent, pool=4, keep=(1, 1), params=PARAMS, precision={"window": "weight_only"}
     )
     assert found.samples[0].precisions == ["weight_only"] * 3
+
+
+def test_a_swap_between_pool_and_replay_is_told(engine, make_embeds, transformer_folder):
+    """Rewards of one policy rank no samples of another."""
+
+    def swap_meanwhile(samples):
+        engine.update_weights(transformer_folder("flux", seed=1), version="2")
+        return mean_latent(samples)
+
+    with pytest.raises(StaleVersionError, match="version 'initial'.*'2'"):
+        engine.explore(make_embeds("flux"), reward=swap_meanwhile, pool=4, keep=(1, 1), params=PARAMS)
+
+
+def test_a_swap_after_the_last_replay_is_no_harm(engine, make_embeds, transformer_folder):
+    engine.update_weights(transformer_folder("flux", seed=1), version="2")
+    (found,) = engine.explore(make_embeds("flux"), reward=mean_latent, pool=4, keep=(1, 1), params=PARAMS)
+    assert {sample.weight_version for sample in found.samples} == {"2"}

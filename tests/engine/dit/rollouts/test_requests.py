@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
+import msgspec
 import pytest
 import torch
 from msgspec.structs import replace
@@ -395,3 +398,81 @@ def test_a_boundary_needs_two_transformers(open_engine, pipeline_folder, make_em
     engine = open_engine(pipeline_folder("wan", boundary_ratio=0.8))
     with pytest.raises(ModelError, match="boundary_ratio"):
         engine.generate(make_embeds("wan"), params_of())
+
+
+# what cannot change, and what no number is
+
+
+def test_params_keep_nothing_that_the_caller_can_change():
+    parts, sigmas, want, window = {"window": "bf16", "first": ["fp8", 1]}, [1.0, 0.5], ["latents"], [0, 1]
+    params = DiffusionParams(steps=2, precision=parts, sigmas=sigmas, want=want, solver=FlowSDE(window=window))
+    before = copy.deepcopy(params)
+    parts["window"] = "fp8"
+    parts["first"][0] = "bf16"
+    for changed in (sigmas, want, window):
+        changed.clear()
+    assert params == before
+    assert params.precision == {"window": "bf16", "first": ("fp8", 1)}
+    assert (params.sigmas, params.want, params.solver.window) == ((1.0, 0.5), ("latents",), (0, 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: parts.__setitem__("rest", "fp8"),
+        lambda parts: parts.update(rest="fp8"),
+        lambda parts: parts.pop("rest"),
+        lambda parts: parts.setdefault("last", "fp8"),
+        lambda parts: parts.clear(),
+        lambda parts: parts.__delitem__("rest"),
+        lambda parts: parts.__ior__({"rest": "fp8"}),
+    ],
+    ids=["set", "update", "pop", "setdefault", "clear", "delete", "merge"],
+)
+def test_parts_of_a_precision_are_frozen(change):
+    params = DiffusionParams(precision={"rest": "bf16"})
+    with pytest.raises(TypeError, match="frozen"):
+        change(params.precision)
+    assert params.precision == {"rest": "bf16"}
+
+
+def test_frozen_params_travel():
+    params = DiffusionParams(precision={"rest": "bf16", "first": ("fp8", 2)}, want=["image"])
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert msgspec.json.decode(msgspec.json.encode(params), type=DiffusionParams) == params
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("name", ["guidance_scale", "true_cfg_scale", "true_cfg_scale_2"])
+def test_guidance_is_finite(name, value):
+    more = {"true_cfg_scale": 2.0} if name == "true_cfg_scale_2" else {}
+    with pytest.raises(ConfigError, match=f"{name}.* finite"):
+        DiffusionParams(**{**more, name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("part", ["prompt", "pooled", "negative"])
+def test_embeds_are_finite(part, value, engine, make_embeds, never_computes):
+    embeds = make_embeds("flux", negative=True)
+    tensor = embeds.negative.prompt if part == "negative" else getattr(embeds, part)
+    told = "prompt 0, negative.* in prompt" if part == "negative" else f"prompt 0.* in {part}"
+    tensor.view(-1)[3] = value
+    with pytest.raises(RequestError, match=told):
+        never_computes(engine).generate(embeds, params_of())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"moe_runner": "reference"},
+        {"max_batch_size": 8},
+        {"max_step_tokens": 512},
+        {"kv_cache_tokens": 1024},
+        {"prefix_cache": False},
+    ],
+    ids=str,
+)
+def test_settings_of_language_models_are_refused(settings, open_engine):
+    ((name, value),) = settings.items()
+    with pytest.raises(UnsupportedError, match=f"{name}={value!r}\n.*language models"):
+        open_engine("flux", **settings)

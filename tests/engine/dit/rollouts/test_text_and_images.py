@@ -207,7 +207,7 @@ def test_the_image_is_that_of_the_last_latent_whatever_else_is_wanted(want, poin
     (some,) = engine.generate("a cat", DiffusionParams(**{**params, **FLUX, "want": want}))
     assert torch.equal(some.image, whole.image)
     assert some.points == points
-    assert some.params.want == want
+    assert list(some.params.want) == want
     (again,) = engine.replay([some])
     assert torch.equal(again.image, whole.image)
     assert again.points == points
@@ -219,3 +219,15 @@ def test_embeds_of_a_sample_sample_again_without_encoders(flux_folder, open_engi
     (sample,) = engine.generate("a cat", DiffusionParams(init_seed=1, **FLUX))
     (again,) = engine.generate(sample.embeds, DiffusionParams(init_seed=1, **FLUX))
     assert torch.equal(again.latents, sample.latents)
+
+
+def test_encoders_and_vae_are_where_the_engine_computes(flux_folder, open_engine, monkeypatch):
+    """The meta device stands for a GPU: the transformer is there, the rest is to follow."""
+    engine = open_engine(flux_folder)
+    monkeypatch.setattr(engine, "device", torch.device("meta"))
+    devices = {
+        name: {tensor.device.type for tensor in part.parameters()}
+        for name, part in engine.pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    assert devices == {"transformer": {"cpu"}} | dict.fromkeys(("vae", "text_encoder", "text_encoder_2"), {"meta"})

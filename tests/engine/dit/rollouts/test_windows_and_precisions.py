@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,12 +13,15 @@ from rollmill.engine import (
     ConfigError,
     DanceSDE,
     DiffusionParams,
+    Embeds,
     FlowCPS,
     FlowSDE,
     ProgressiveWindow,
+    QuantSpec,
     RandomWindow,
 )
 from rollmill.engine.dit.params import step_precisions, window_steps
+from rollmill.quant.kernels.exact import ExactKernel
 
 SIZE = {"height": 32, "width": 32}
 
@@ -97,7 +103,9 @@ def test_cps_needs_a_step_with_noise():
     [
         (lambda: FlowSDE(noise_level=0), "noise_level > 0"),
         (lambda: FlowSDE(noise_level=float("nan")), "noise_level > 0"),
+        (lambda: FlowSDE(noise_level=float("inf")), "noise_level > 0, finite; got noise_level=inf"),
         (lambda: FlowCPS(noise_level=1.1), "<= 1"),
+        (lambda: DanceSDE(eta=float("inf")), "eta > 0, finite"),
         (lambda: DanceSDE(eta=-1), "eta > 0"),
         (lambda: FlowSDE(window="all"), "window"),
         (lambda: FlowSDE(log_density="mean"), "gaussian"),
@@ -219,3 +227,97 @@ def test_an_unquantized_engine_computes_in_bf16_by_that_name(open_engine, make_e
     engine = open_engine("flux")
     named, unnamed = (engine.generate(make_embeds("flux"), params_of(name))[0] for name in ("bf16", None))
     assert named.precisions == unnamed.precisions == ["quantized"] * 4
+
+
+DATA = Path(__file__).parents[3] / "data" / "dit"
+
+
+@pytest.fixture
+def two_quants(pipeline_folder, tmp_path):
+    """`two_quants("bf16", "fp8")`: a Wan pipeline, its transformers stored so: high noise, low noise."""
+
+    def make(*forms):
+        folder = tmp_path / "wan"
+        shutil.copytree(pipeline_folder("wan", experts=True, boundary_ratio=0.8), folder)
+        for name, form in zip(("transformer", "transformer_2"), forms, strict=True):
+            shutil.rmtree(folder / name)
+            shutil.copytree(DATA / f"wan-{form}" / "transformer", folder / name)
+        return folder
+
+    return make
+
+
+WAN_PARAMS = {"steps": 4, "height": 32, "width": 32, "init_seed": 1}
+
+
+@pytest.fixture
+def wan_embeds():
+    return Embeds(torch.randn(5, 128, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("forms", [("bf16", "fp8"), ("fp8", "bf16")], ids="-".join)
+def test_bf16_of_a_pipeline_that_is_quantized_by_half(forms, two_quants, open_engine, wan_embeds):
+    """Each transformer has its own plan: what is one's own format is the other's copy."""
+    folder = two_quants(*forms)
+    engine, plain = open_engine(folder, dual="bf16"), open_engine(folder, quant="bf16")
+    params = DiffusionParams(precision="bf16", **WAN_PARAMS)
+    (sample,), (expected,) = (one.generate(wan_embeds, params) for one in (engine, plain))
+    assert torch.equal(sample.latents, expected.latents)
+    assert set(sample.precisions) == {"quantized", "bf16"}
+    quantized = engine.generate(wan_embeds, DiffusionParams(**WAN_PARAMS))[0]
+    assert not torch.equal(quantized.latents, expected.latents)
+
+
+@pytest.mark.parametrize(
+    ("forms", "name", "words"),
+    [
+        (("bf16", "fp8"), "bf16", "transformer_2.*possible: quantized, fp8, weight_only; .*dual"),
+        (("bf16", "fp8"), "fp8", "'fp8' is not to be had of transformer; possible: quantized, bf16"),
+        (("fp8", "nvfp4"), "nvfp4", "of transformer; possible: quantized, fp8, weight_only"),
+        (("fp8", "nvfp4"), "fp8", "transformer_2; possible: quantized, nvfp4, weight_only"),
+    ],
+    ids=str,
+)
+def test_a_format_of_one_transformer_only(forms, name, words, two_quants, open_engine, wan_embeds):
+    engine = open_engine(two_quants(*forms))
+    with pytest.raises(ConfigError, match=words):
+        engine.generate(wan_embeds, DiffusionParams(precision=name, **WAN_PARAMS))
+
+
+def test_the_default_format_is_no_name_for_layers_in_another(open_engine, make_embeds):
+    """quant="bf16" with some layers in FP8: "bf16" is not what is computed."""
+    quant = QuantSpec(quant="bf16", layers={"transformer_blocks.0.*": "fp8"})
+    engine = open_engine("flux", quant=quant, keep=["*norm*"])
+    with pytest.raises(ConfigError, match="possible: quantized, fp8, weight_only"):
+        engine.generate(make_embeds("flux"), params_of("bf16"))
+    dual = open_engine("flux", quant=quant, keep=["*norm*"], dual="bf16")
+    (sample,) = dual.generate(make_embeds("flux"), params_of("bf16", step_seed=1))
+    (plain,) = open_engine("flux").generate(make_embeds("flux"), params_of(None, step_seed=1))
+    assert torch.equal(sample.latents, plain.latents)
+
+
+# weight_only, kernel by kernel
+
+
+@pytest.mark.parametrize("activation", ["per_token", "per_tensor"])
+def test_weight_only_through_scaled_mm(activation, open_engine, make_embeds):
+    """Its weights are those of the exact kernel: results differ by BF16 roundings only."""
+    asked = params_of("weight_only", step_seed=1)
+    settings = {"quant": "fp8", "activation": activation}
+    served, exact = (open_engine("flux", linear_kernel=name, **settings) for name in ("torch_fp8", "exact"))
+    (ours,), (theirs,) = (one.generate(make_embeds("flux"), asked) for one in (served, exact))
+    (quantized,) = served.generate(make_embeds("flux"), params_of(None, step_seed=1))
+    close = (ours.latents - theirs.latents).abs().mean()
+    assert 0 < close < (ours.latents - quantized.latents).abs().mean() / 2
+
+
+def test_a_kernel_that_cannot_is_refused_before_anything_runs(open_engine, make_embeds, monkeypatch):
+    monkeypatch.setattr(ExactKernel, "unsupported", staticmethod(quantizes_only))
+    engine = open_engine("flux", quant="fp8")
+    monkeypatch.setattr(engine.transformer, "forward", lambda *_, **__: pytest.fail("computed before the error"))
+    with pytest.raises(ConfigError, match="possible: quantized, fp8.*weight_only: .*exact: quantizes activations"):
+        engine.generate(make_embeds("flux"), params_of({"window": "fp8", "rest": "weight_only"}))
+
+
+def quantizes_only(scheme, shape, dtype, capability):
+    return "quantizes activations" if scheme.activation == "none" else None
