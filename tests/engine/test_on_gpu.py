@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rollmill.engine import Engine, EngineConfig, SamplingParams, UnsupportedError
 from rollmill.quant import WeightShape, find_capability, make_scheme
 from rollmill.quant.kernels.activation import quantize_activation
 
 pytestmark = pytest.mark.gpu
+EXPERTS = Qwen3MoeConfig(
+    vocab_size=512,
+    hidden_size=512,
+    intermediate_size=512,
+    moe_intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +95,30 @@ def test_bf16_logits_are_as_near_to_float32_as_the_cpus(quant, hf_model, save):
     logits = {}
     for device, dtype in (("cuda", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32")):
         with Engine(folder, EngineConfig(quant=quant, device=device, dtype=dtype)) as engine:
+            logits[device, dtype] = torch.cat(engine.logits(prompts)).cpu()
+    reference = logits["cpu", "float32"]
+    gpu, cpu = ((logits[device, "bfloat16"] - reference).norm() / reference.norm() for device in ("cuda", "cpu"))
+    print(f"{quant}: relative error of BF16 engines, GPU {gpu:.4f}, CPU {cpu:.4f}")
+    assert gpu < 1.3 * cpu
+
+
+@pytest.mark.parametrize("quant", ["fp8", "fp8_channel", "nvfp4_w4a16"])
+def test_experts_in_triton(quant, tmp_path):
+    capability = find_capability("cuda")
+    if capability.sm is None or capability.sm < 90:
+        pytest.skip(f"the triton runner needs sm90 or later, this is {capability}")
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(EXPERTS).bfloat16()
+    model.save_pretrained(tmp_path)
+    prompts = [list(range(start, start + 20)) for start in range(0, 160, 20)]
+    logits = {}
+    for device, dtype in (("cuda", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32")):
+        with Engine(tmp_path, EngineConfig(quant=quant, device=device, dtype=dtype)) as engine:
+            if device == "cuda":
+                assert engine.model.layers[0].mlp.experts.runner.name == "triton"
+                before = engine.digest()
+                assert engine.update_weights(model.named_parameters(), version="1").status == "committed"
+                assert engine.digest() == before
             logits[device, dtype] = torch.cat(engine.logits(prompts)).cpu()
     reference = logits["cpu", "float32"]
     gpu, cpu = ((logits[device, "bfloat16"] - reference).norm() / reference.norm() for device in ("cuda", "cpu"))
