@@ -39,6 +39,8 @@ class RoutedExperts:
         gate, up, down = projections
         experts = range(config.num_experts)
         joined = joined or JoinedLayout()
+        if runner == "auto" and linear_kernel != "auto":
+            runner = "reference"  # the one that is made of linear kernels
         self.runner = select_runner(config, scheme, capability, runner, dtype)(
             config, scheme, capability, dtype, linear_kernel
         )

@@ -1,4 +1,4 @@
-"""`triton`: all experts in two launches, FP8 or NVFP4 W4A16. Hopper and later."""
+"""`triton`: all experts in two launches, FP8 or NVFP4 W4A16, on Hopper."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ class TritonRunner:
 
     @staticmethod
     def unsupported(config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype) -> str | None:
-        if capability.sm is None or capability.sm < 90:
-            return f"needs sm90 or later, this is {capability}"
+        if capability.sm != 90:
+            return f"its tiles are for sm90, this is {capability}"
         if "triton" not in capability.libraries:
             return "triton is not installed"
         if dtype != torch.bfloat16:

@@ -7,6 +7,8 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rollmill.engine import Engine, EngineConfig, SamplingParams, UnsupportedError
+from rollmill.moe import MoeConfig
+from rollmill.moe.runners.triton import TritonRunner
 from rollmill.quant import WeightShape, find_capability, make_scheme
 from rollmill.quant.kernels.activation import quantize_activation
 
@@ -104,9 +106,10 @@ def test_bf16_logits_are_as_near_to_float32_as_the_cpus(quant, hf_model, save):
 
 @pytest.mark.parametrize("quant", ["fp8", "fp8_channel", "nvfp4_w4a16"])
 def test_experts_in_triton(quant, tmp_path):
-    capability = find_capability("cuda")
-    if capability.sm is None or capability.sm < 90:
-        pytest.skip(f"the triton runner needs sm90 or later, this is {capability}")
+    shape = MoeConfig(num_experts=8, top_k=2, hidden_size=512, intermediate_size=256)
+    reason = TritonRunner.unsupported(shape, make_scheme("fp8"), find_capability("cuda"), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(EXPERTS).bfloat16()
     model.save_pretrained(tmp_path)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from rollmill.moe import MOE_RUNNERS, MoeConfig, select_runner
+from rollmill.moe import MOE_RUNNERS, MoeConfig, RoutedExperts, select_runner
 from rollmill.moe.runners.reference import ReferenceRunner, expert_shapes
+from rollmill.moe.runners.triton import TritonRunner
 from rollmill.quant import BF16, FP8, NVFP4, Capability, UnsupportedError, WeightShape, find_capability
 
 CPU = find_capability("cpu")
@@ -69,3 +70,28 @@ def test_a_shape_that_nvfp4_cannot_hold_is_refused_by_name():
     runner = ReferenceRunner(odd, NVFP4(), CPU, torch.float32)
     with pytest.raises(UnsupportedError, match="K a multiple of 16"):
         runner.w2.packed()
+
+
+def test_a_linear_kernel_by_name_is_what_computes_experts(monkeypatch):
+    """A runner that has products of its own could not honour it."""
+    monkeypatch.setattr(TritonRunner, "unsupported", staticmethod(lambda *args: None))
+    made = RoutedExperts(
+        "experts",
+        ("gate", "up", "down"),
+        CONFIG,
+        FP8(),
+        capability=CPU,
+        dtype=torch.bfloat16,
+        linear_kernel="exact",
+    )
+    assert made.runner.name == "reference"
+
+
+def test_tiles_of_hopper_are_for_hopper():
+    config = MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256)
+    for sm in (80, 89, 100, 120):
+        reason = TritonRunner.unsupported(
+            config, FP8(), Capability(torch.device("cuda"), sm, ("triton",)), torch.bfloat16
+        )
+        assert reason is not None
+        assert f"sm{sm}" in reason
