@@ -27,6 +27,7 @@ class ReferenceRunner:
     """
 
     name: ClassVar[str] = "reference"
+    routes: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -117,6 +117,7 @@ class TritonRunner:
     """Sorts the pairs by expert, then gate and up with SwiGLU, then down, then the sum over a token's choices."""
 
     name: ClassVar[str] = "triton"
+    routes: ClassVar[bool] = False
 
     def __init__(
         self,
