@@ -51,7 +51,7 @@ class FlashInferFP8:
         return {"weight": pad_to(matrices["weight"], rows=TILE, cols=TILE).clone()}
 
     def derive(self, scales: Stored) -> dict[str, Tensor]:
-        return {name: scale.clone() for name, scale in scales.items()}
+        return {name: scales[name].clone() for name in self.scheme.scales(self.shape)}
 
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         if not len(x):
