@@ -24,7 +24,7 @@ test: .venv/ready contracts
 contracts: export OMP_NUM_THREADS := 1
 contracts: export PYTHONPATH := .venv/flashinfer-$(OLDER_FLASHINFER)
 contracts: .venv/ready .venv/flashinfer-$(OLDER_FLASHINFER)
-	.venv/bin/pytest -n 2 -q tests/flashinfer
+	.venv/bin/pytest -n 2 -q tests/flashinfer_contracts tests/kernel_models_tests
 
 .venv/flashinfer-$(OLDER_FLASHINFER): .venv/ready
 	@$(PIP) install --no-deps --target $@ flashinfer-python==$(OLDER_FLASHINFER) $(HIDE_HOSTS)
