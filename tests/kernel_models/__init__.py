@@ -19,7 +19,8 @@ What a CUDA library would do below them is modelled:
     gemms        mm_fp4's backends and bmm_fp8: contracts and products
     routing      logits -> expert ids and weights
     moe          two grouped GEMMs with SwiGLU between, NVFP4 and FP8
-    launchers    the C++ entry points of the fused MoE: checks as the launchers make them, and stricter ones
+    launchers    the C++ entry points of the fused MoE
+    contracts    what they ask of their arguments, and stricter
     faults       wrong results on purpose, by op, tactic and number of tokens
     calls        what is refused before the library sees it, and what is recorded
     library      puts all of it under the real module, with pytest's monkeypatch

@@ -103,7 +103,7 @@ class ModelLibrary:
 
         monkeypatch.setattr(AutoTuner, "choose_one", choose_one)
         monkeypatch.setattr(AutoTuner, "_profile_single_kernel", profile)
-        monkeypatch.setattr(AutoTuner, "_get_l2_cache_size_in_bytes", lambda *_, **__: 2**16)
+        monkeypatch.setattr(AutoTuner, "_get_l2_cache_size_in_bytes", lambda *_, **__: 1)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def patch_quantization(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
@@ -134,6 +134,7 @@ class ModelLibrary:
         patch("_cudnn_gemm_fp4_runner", lambda *_: fp4_runner(TunableRunner, "cudnn", tactics, faults))
         for name in ("_check_cute_dsl_availability", "_check_cute_dsl_arch", "_check_cudnn_fp4_availability"):
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
+        patch("DEFAULT_WORKSPACE_SIZE", 1024)  # the autotuner fills a copy of it for each profile
         patch("CUDNN_AVAILABLE", True)
         monkeypatch.setattr(module, "cudnn", CUDNN, raising=False)
         fp8 = SimpleNamespace(
