@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...quant import FP8, NVFP4, Capability, Scheme, layout
 from ...quant.flashinfer_api.activation import quantize_nvfp4
-from ...quant.flashinfer_api.library import takes_pairs
+from ...quant.flashinfer_api.library import import_flashinfer, takes_pairs
 from ...quant.flashinfer_api.tactics import KnownBad, Tactic, TacticGuard, Trial, shared_guard
 from ...quant.kernels.activation import fp8_codes
 from ..config import MoeConfig
@@ -108,18 +108,17 @@ class FlashInferTrtllmRouted:
             return self._run(x, ids, weights, w13, w2)
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        from flashinfer.fused_moe import RoutingMethodType
-
         entry = self._entry(routed=True)
         pairs = takes_pairs(entry)
         choices = (ids.int(), weights.float()) if pairs else pack_choices(ids, weights)
         # with choices that are made the method says nothing; this one passes the checks of every version
-        arguments = {"topk_ids": choices, "routing_method_type": RoutingMethodType.Renormalize}
+        arguments = {
+            "topk_ids": choices,
+            "routing_method_type": import_flashinfer().fused_moe.RoutingMethodType.Renormalize,
+        }
         return self._call(entry, x, w13, w2, **arguments, n_group=None, topk_group=None, routed_scaling_factor=None)
 
     def _call(self, entry: Any, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor], **routing: Any) -> Tensor:
-        from flashinfer.fused_moe import ActivationType
-
         experts, x = self.config.num_experts, layout.pad_to(x, cols=self.hidden_size)
         out = entry(
             routing_bias=routing.pop("routing_bias", None),
@@ -130,7 +129,7 @@ class FlashInferTrtllmRouted:
             intermediate_size=self.intermediate_size,
             local_expert_offset=0,
             local_num_experts=experts,
-            activation_type=ActivationType.Swiglu,
+            activation_type=import_flashinfer().fused_moe.ActivationType.Swiglu,
             **self._quantized(x, w13, w2),
             **routing,
         )
@@ -138,8 +137,7 @@ class FlashInferTrtllmRouted:
         return out[:, : self.config.hidden_size]
 
     def _entry(self, *, routed: bool) -> Any:
-        from flashinfer import fused_moe
-
+        fused_moe = import_flashinfer().fused_moe
         routed_moe = "routed_moe" if routed else "moe"
         if isinstance(self.scheme, NVFP4):
             return getattr(fused_moe, f"trtllm_fp4_block_scale_{routed_moe}")
@@ -167,8 +165,6 @@ class FlashInferTrtllmRouted:
         return arguments | dict(zip(SCALARS, scalars, strict=True))
 
     def _nvfp4_activations(self, x: Tensor, w13: dict[str, Tensor]) -> dict[str, Any]:
-        from flashinfer import SfLayout
-
         codes, scales, token_scale = quantize_nvfp4(x, w13.get("encode"), "linear", self.capability)
         arguments = {
             "hidden_states": codes,
@@ -177,8 +173,7 @@ class FlashInferTrtllmRouted:
         }
         assert self.capability.flashinfer is not None
         if self.capability.flashinfer.declares_scale_layout:
-            orders: Any = SfLayout
-            arguments["hidden_states_scale_layout"] = orders.layout_linear
+            arguments["hidden_states_scale_layout"] = import_flashinfer().SfLayout.layout_linear
         return arguments
 
     def _nvfp4_weights(self, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> dict[str, Any]:
@@ -230,9 +225,6 @@ class FlashInferTrtllm(FlashInferTrtllmRouted):
     def _run_logits(
         self, x: Tensor, logits: Tensor, bias: Tensor | None, w13: dict[str, Tensor], w2: dict[str, Tensor], ids: Tensor
     ) -> Tensor:
-        from flashinfer.fused_moe import RoutingMethodType
-
-        methods: Any = RoutingMethodType
         config, method = self.config, routing_method(self.config)
         assert method is not None
         grouped = method == "DeepSeekV3"
@@ -248,7 +240,7 @@ class FlashInferTrtllm(FlashInferTrtllmRouted):
             n_group=config.n_group if grouped else None,
             topk_group=config.topk_group if grouped else None,
             routed_scaling_factor=config.routed_scaling_factor if grouped else None,
-            routing_method_type=methods[method],
+            routing_method_type=import_flashinfer().fused_moe.RoutingMethodType[method],
             routing_replay_out=ids,
         )
 

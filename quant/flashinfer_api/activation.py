@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from .. import numerics
 from ..device import Capability
 from ..errors import UnsupportedError
+from .library import import_flashinfer
 
 FIRST_SM = 100
 
@@ -28,10 +29,9 @@ def quantize_nvfp4(
             f"FlashInfer's NVFP4 quantizers on {capability}",
             [f"below sm{FIRST_SM} they return what lay in memory, and report no error"],
         )
-    import flashinfer
-
-    order: Any = flashinfer.SfLayout
-    order = order.layout_linear if layout == "linear" else order.layout_128x4
+    flashinfer = import_flashinfer()
+    orders = flashinfer.SfLayout
+    order = orders.layout_linear if layout == "linear" else orders.layout_128x4
     x = x.contiguous()
     if encode is not None:
         codes, scales = flashinfer.nvfp4_quantize(x, encode, sfLayout=order, do_shuffle=False)

@@ -6,7 +6,7 @@ import inspect
 import logging
 from functools import cache
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from msgspec import Struct
@@ -40,6 +40,13 @@ def find_flashinfer() -> FlashInfer | None:
         log.warning("flashinfer cannot be imported: %s", error)
         return None
     return describe(flashinfer)
+
+
+def import_flashinfer() -> Any:
+    """The `flashinfer` module; untyped, since versions differ."""
+    import flashinfer
+
+    return flashinfer
 
 
 def describe(flashinfer: ModuleType) -> FlashInfer:

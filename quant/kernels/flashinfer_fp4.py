@@ -18,6 +18,7 @@ from .. import layout
 from ..device import Capability
 from ..errors import UnsupportedError
 from ..flashinfer_api.activation import quantize_nvfp4
+from ..flashinfer_api.library import import_flashinfer
 from ..flashinfer_api.tactics import TacticGuard, Trial, shared_guard
 from ..flashinfer_api.trials import random_input, random_stored
 from ..scheme import GROUP_SIZE, NVFP4, Scheme, Stored, TensorSpec, WeightShape
@@ -123,12 +124,10 @@ class FlashInferFP4:
         return out if bias is None else out + bias
 
     def _multiply(self, x: Tensor, packed: Stored) -> Tensor:
-        from flashinfer import mm_fp4
-
         codes, scales, token_scale = quantize_nvfp4(
             layout.pad_to(x, cols=self.col_multiple), packed.get("encode"), "128x4", self.capability
         )
-        out = mm_fp4(
+        out = import_flashinfer().mm_fp4(
             codes,
             packed["weight"].t(),
             scales,

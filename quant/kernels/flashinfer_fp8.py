@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..device import Capability
+from ..flashinfer_api.library import import_flashinfer
 from ..layout import pad_to
 from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
 from .activation import fp8_codes
@@ -56,11 +57,10 @@ class FlashInferFP8:
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         if not len(x):
             return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
-        from flashinfer import bmm_fp8
-
         x = pad_to(x, cols=TILE)
         codes, scale = fp8_codes(x, self.scheme.activation, packed.get("input_scale"))
         weight = packed["weight"].t()[None]  # [1, K, N], column-major
-        out = bmm_fp8(codes[None], weight, scale.view(1), packed["weight_scale"], torch.bfloat16, backend="cublas")
+        multiply = import_flashinfer().bmm_fp8
+        out = multiply(codes[None], weight, scale.view(1), packed["weight_scale"], torch.bfloat16, backend="cublas")
         out = out[0, :, : self.shape.num_rows]
         return out if bias is None else out + bias

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -128,8 +131,6 @@ def test_another_recipe_in_the_environment_is_refused(name, value, modelopt_fold
 
 
 def test_exact_division_is_asked_for(modelopt_folder, monkeypatch):
-    import os
-
     with Engine(modelopt_folder("qwen3", "nvfp4"), EngineConfig(**SMALL)):
         assert os.environ[EXACT_DIVISION] == "1"
 
@@ -152,8 +153,20 @@ def test_routed_experts_are_the_routers(runner, modelopt_folder):
         )
         agree = (again.routed_experts.sort(-1).values == known.sort(-1).values).all(-1)
         assert agree.float().mean() > 0.9  # sums over keys in another order flip a code now and then
-    with Engine(modelopt_folder("qwen3_moe", "nvfp4"), EngineConfig(**SMALL, moe_runner=runner)) as engine:
-        engine.pause("abort")
+        waiting: list[object] = []
+        params = SamplingParams(temperature=0, max_new_tokens=40)
+        other = threading.Thread(
+            target=lambda: waiting.append(engine.generate([[3, 1, 4]], params, return_routed_experts=True)[0])
+        )
+        other.start()
+        while not engine.info()["requests"]:
+            time.sleep(0.001)
+        engine.pause("retract")
+        engine.abort()
+        other.join()
+        (aborted,) = waiting
+        assert aborted.finish_reason == "abort"
+        assert (aborted.routed_experts == -1).all()  # given up with the cache
         engine.resume()
 
 

@@ -77,8 +77,9 @@ def weights_of(scheme, shape, stored, expert):
 def fake_quantize(x, scheme, stored):
     """Activations as quantized; static scales are the stack's largest."""
     scale = stored["input_scale"].amax() if "input_scale" in stored else None
-    values, scale = quantize_activation(x, scheme, scale, torch.float32)
-    return values * scale
+    values, decode_scale = quantize_activation(x, scheme, scale, torch.float32)
+    assert decode_scale is not None
+    return values * decode_scale
 
 
 def expected_output(config, scheme, stored, x, ids, weights):
