@@ -7,6 +7,7 @@ import torch
 from kernel_models.decoding import decode_nvfp4, unshuffle_rows
 
 from rollmill.quant import FP4_BACKENDS, FP8, NVFP4, UnsupportedError, WeightShape, layout, select_kernel
+from rollmill.quant.flashinfer_api.activation import quantize_nvfp4
 from rollmill.quant.kernels import flashinfer_fp4
 from rollmill.quant.kernels.reference import ReferenceKernel
 from rollmill.quant.numerics import nvfp4_products
@@ -198,3 +199,12 @@ def test_mutations_are_seen(mutation, kernel, stored_weight, monkeypatch):
     monkeypatch.setattr(where, name, mutate(getattr(where, name)))
     with pytest.raises((AssertionError, ValueError, RuntimeError, IndexError)):
         assert_close_to_reference(made, stored, inputs(4, 208))
+
+
+@pytest.mark.parametrize("sm", [None, 89, 90])
+def test_the_quantizer_is_refused_below_blackwell(sm, blackwell):
+    """Its kernels are empty there, and leave memory as it was without an error."""
+    capability = blackwell.__class__(blackwell.device, sm, blackwell.libraries, blackwell.flashinfer)
+    for encode in (None, torch.ones(1)):
+        with pytest.raises(UnsupportedError, match="what lay in memory"):
+            quantize_nvfp4(inputs(2, 32), encode, "linear", capability)
