@@ -72,6 +72,8 @@ class RoutedExperts:
         for served, bias in zip(self._served, self.biases, strict=False):
             served |= bias.tensors
         self.runner.watch_w2 = self.w2.watch
+        if not self.runner.shows_w2:
+            self.w2.meter = None  # it would count nothing, which reads as if nothing were clipped
 
     @property
     def slots(self) -> list[WeightSlot]:

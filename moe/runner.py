@@ -26,12 +26,13 @@ class ExpertPacker(Packer, Protocol):
 class MoeRunner(Protocol):
     """A runner bound to a config, scheme and dtype; `w13` and `w2` say how its slots are packed.
 
-    It shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections, where it has that to show;
-    the layer sees that of w13. With `routes` it chooses the experts itself: it has `apply_logits` in place of `apply`.
+    With `shows_w2` it shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections; the layer
+    sees that of w13. With `routes` it chooses the experts itself: it has `apply_logits` in place of `apply`.
     """
 
     name: ClassVar[str]
     routes: ClassVar[bool]
+    shows_w2: ClassVar[bool]
     watch_w2: Callable[[Tensor], None]
 
     @property

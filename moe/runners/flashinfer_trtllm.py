@@ -51,12 +51,13 @@ class FlashInferTrtllmRouted:
 
     name: ClassVar[str] = "flashinfer_trtllm_routed"
     routes: ClassVar[bool] = False
+    shows_w2: ClassVar[bool] = False
 
     def __init__(
         self, config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype, linear_kernel: str = "auto"
     ) -> None:
         self.config, self.scheme, self.capability = config, scheme, capability
-        self.watch_w2: Callable[[Tensor], None] = lambda x: None  # the kernel keeps that input to itself
+        self.watch_w2: Callable[[Tensor], None] = lambda x: None
         per_token_nvfp4 = isinstance(scheme, NVFP4) and scheme.activation == "per_token"
         shape = f"{config.num_experts} x [{config.hidden_size}, {config.intermediate_size}] top {config.top_k}"
         self.guard = shared_guard(
