@@ -119,6 +119,7 @@ class TritonRunner:
     name: ClassVar[str] = "triton"
     routes: ClassVar[bool] = False
     shows_w2: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self,
