@@ -105,11 +105,11 @@ def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, tuple
         packed = layer.packed[0 if weight == "w13" else 1]
         x = torch.randn(tokens if weight == "w13" else pairs_count, K, device="cuda").bfloat16()
         out = x.new_empty(pairs_count, rows_out)
-        inputs = quantize_fp8(x) if fp8 else (x,)
+        inputs = quantize_fp8(x) if fp8 else (x, x)
         scales = () if fp8 else (packed["block_scale"],)
         kernel = getattr(kernels, f"{'fp8' if fp8 else 'nvfp4'}_{'gate_up' if weight == 'w13' else 'down'}")
         options = {"TOP_K": CONFIG.top_k} if weight == "w13" else {}
-        options |= {} if fp8 else {"ASSEMBLY": True}
+        options |= {} if fp8 else {"ASSEMBLY": True, "SCALED": layer.scheme.activation == "per_token"}
         arguments = (
             *inputs,
             packed["weight"],

@@ -13,6 +13,7 @@ from .kernels.exact import ExactKernel
 from .kernels.plain import PlainKernel
 from .kernels.reference import ReferenceKernel
 from .kernels.torch_fp8 import TorchFP8Kernel, TorchFP8WeightOnly
+from .kernels.triton_nvfp4 import TritonNVFP4Kernel
 from .scheme import Plain, Scheme, Stored, TensorSpec, WeightShape
 
 
@@ -51,7 +52,13 @@ class LinearKernel(Protocol):
         ...
 
 
-LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (PlainKernel, ExactKernel, TorchFP8Kernel, ReferenceKernel)
+LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (
+    PlainKernel,
+    ExactKernel,
+    TorchFP8Kernel,
+    TritonNVFP4Kernel,
+    ReferenceKernel,
+)
 
 # What multiplies the packed weights of a kernel with activations as they are, where it does not do so itself.
 WEIGHT_ONLY: dict[type[LinearKernel], type[LinearKernel]] = {TorchFP8Kernel: TorchFP8WeightOnly}
@@ -59,7 +66,7 @@ WEIGHT_ONLY: dict[type[LinearKernel], type[LinearKernel]] = {TorchFP8Kernel: Tor
 # What `auto` walks for quantized layers. float32 is the arithmetic of proofs: `exact` sums in another order than a
 # fake-quantized trainer, which flips a rounding tie now and then. On a CPU `_scaled_mm` is some 40 times slower.
 PROOF_ORDER = ("reference",)
-SPEED_ORDER = {"cpu": ("exact", "reference"), "cuda": ("torch_fp8", "exact", "reference")}
+SPEED_ORDER = {"cpu": ("exact", "reference"), "cuda": ("torch_fp8", "triton_nvfp4", "exact", "reference")}
 
 
 def select_kernel(
