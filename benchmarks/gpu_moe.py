@@ -24,8 +24,12 @@ from rollmill.moe.runners.triton import DEPTH, TritonRunner
 from rollmill.quant import FP8, NVFP4, Scheme, find_capability
 
 CONFIG = MoeConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
-SCHEMES: dict[str, Scheme] = {"fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none")}
-PEAK = {"fp8": 1347e12, "nvfp4": 733e12}  # measured on this GPU: `_scaled_mm` and BF16 products of 8192^3
+SCHEMES: dict[str, Scheme] = {"fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none"), "nvfp4_twin": NVFP4()}
+PEAK = {
+    "fp8": 1347e12,
+    "nvfp4": 733e12,
+    "nvfp4_twin": 733e12,
+}  # measured on this GPU: `_scaled_mm` and BF16 products of 8192^3
 BATCHES = (1, 32, 128, 256, 1024, 4096, 16384)
 
 
