@@ -18,6 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rollmill.moe.gpu import grouped_gemm
+from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
 from rollmill.quant.gpu import convert, nvfp4_gemm, quantize
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -102,6 +104,24 @@ def tile_of(tile: nvfp4_gemm.Tile) -> dict[str, int]:
     return {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
 
 
+def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every tile of the experts' products."""
+    fp8, found = {"x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv"}, {}
+    nvfp4 = {"x_ptr": "*bf16", "x_scale_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*u8"}
+    rest = {"row_scale_ptr": "*fp32", "out_ptr": "*bf16", "sorted_ptr": "*i32", "expert_ptr": "*i32"}
+    rest |= {"num_pairs": "i32", "K": "i32:16"}
+    for name, inputs, table, more in (
+        ("fp8", fp8, FP8_TILES, {}),
+        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "ASSEMBLY": True}),
+    ):
+        gate_up, down = getattr(grouped_gemm, f"{name}_gate_up"), getattr(grouped_gemm, f"{name}_down")
+        for weight, kernel, size, top_k in (("w13", gate_up, "inner", {"TOP_K": 8}), ("w2", down, "N", {})):
+            for most, (rows, tokens, depth, warps, stages) in table[weight]:
+                tile = {"ROWS": rows, "TOKENS": tokens, "DEPTH": depth, "STAGES": stages} | top_k | more
+                found[f"experts_{name}_{weight}_{most}"] = (kernel, inputs | rest | {size: "i32:16"}, tile, warps)
+    return found
+
+
 def compile_one(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
 ) -> dict[str, Any]:
@@ -123,5 +143,5 @@ def compile_one(
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
-    asked += [(name, parts, 90) for name, parts in dense_kernels().items()]
+    asked += [(name, parts, 90) for name, parts in (dense_kernels() | expert_kernels()).items()]
     print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))
