@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..device import Capability
 from ..scheme import GROUP_SIZE, NVFP4, Scheme, Stored, TensorSpec, WeightShape
+from .activation import quantize_activation
 from .nvfp4_packing import NVFP4Packer
 
 
@@ -57,17 +58,25 @@ class TritonNVFP4Kernel:
 
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         from ..gpu.nvfp4_gemm import nvfp4_matmul
-        from ..gpu.quantize import nvfp4_products
 
         x = x.contiguous()
-        out = x.new_empty(len(x), self.shape.num_rows)
+        out = torch.empty(len(x), self.shape.num_rows, dtype=torch.bfloat16, device=x.device)
         if not len(x):
             return out
         if self.scheme.activation == "static":
             for shard in range(len(self.shape.rows)):
-                values, scale = nvfp4_products(x, packed["input_scale"][shard])
+                values, scale = self._quantize(x, packed["input_scale"][shard])
                 nvfp4_matmul(values, packed, out, self.shape.shard_slice(shard), scale, bias)
             return out
-        values, scale = nvfp4_products(x) if self.scheme.activation == "per_token" else (x, None)
+        values, scale = self._quantize(x)
         nvfp4_matmul(values, packed, out, slice(0, self.shape.num_rows), scale, bias)
         return out
+
+    def _quantize(self, x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """BF16 values that products see, and their scale: float32, one a token, one for all, or none."""
+        if x.dtype == torch.bfloat16 and self.scheme.activation != "none":
+            from ..gpu.quantize import nvfp4_products
+
+            return nvfp4_products(x, input_scale)
+        values, scale = quantize_activation(x, self.scheme, input_scale, torch.bfloat16)
+        return values, scale if scale is None else scale.squeeze(-1) if scale.ndim else scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -57,13 +59,16 @@ def linear(random_stored):
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel does not write is NaN."""
-    plain = torch.Tensor.new_empty
 
-    def poisoned(self: torch.Tensor, *size: int, **options) -> torch.Tensor:
-        new = plain(self, *size, **options)
-        return new.fill_(torch.nan) if new.dtype == torch.bfloat16 else new
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poisoned(*args, **options) -> torch.Tensor:
+            new = make(*args, **options)
+            return new.fill_(torch.nan) if new.dtype == torch.bfloat16 else new
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+        return poisoned
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
 
 
 @pytest.fixture(params=["few", "many"])
@@ -128,6 +133,13 @@ def test_no_rows(linear):
 def test_rows_that_are_not_contiguous(linear):
     layer, x = linear("none", (16,), 64), activations(4, 128)
     assert torch.equal(layer(x[:, :64]), layer(x[:, :64].contiguous()))
+
+
+@pytest.mark.parametrize("activation", MODES)
+def test_float32_inputs_are_quantized_as_they_are(linear, ref, activation: str):
+    layer, x = linear(activation, (33,), 144), torch.randn(5, 144, generator=torch.Generator().manual_seed(5))
+    seen = x.bfloat16() if activation == "none" else x
+    assert_near(layer(x), *ref.linear(seen, layer.stored, (33,), layer.scheme))
 
 
 def test_a_block_scale_of_zero_makes_zeros(linear):
