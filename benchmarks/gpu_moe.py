@@ -24,8 +24,12 @@ from rollmill.moe.runners.triton import DEPTH, TritonRunner
 from rollmill.quant import FP8, NVFP4, Scheme, find_capability
 
 CONFIG = MoeConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
-SCHEMES: dict[str, Scheme] = {"fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none")}
-PEAK = {"fp8": 1347e12, "nvfp4": 733e12}  # measured on this GPU: `_scaled_mm` and BF16 products of 8192^3
+SCHEMES: dict[str, Scheme] = {"fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none"), "nvfp4_twin": NVFP4()}
+PEAK = {
+    "fp8": 1347e12,
+    "nvfp4": 733e12,
+    "nvfp4_twin": 733e12,
+}  # measured on this GPU: `_scaled_mm` and BF16 products of 8192^3
 BATCHES = (1, 32, 128, 256, 1024, 4096, 16384)
 
 
@@ -105,11 +109,11 @@ def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, tuple
         packed = layer.packed[0 if weight == "w13" else 1]
         x = torch.randn(tokens if weight == "w13" else pairs_count, K, device="cuda").bfloat16()
         out = x.new_empty(pairs_count, rows_out)
-        inputs = quantize_fp8(x) if fp8 else (x,)
+        inputs = quantize_fp8(x) if fp8 else (x, x)
         scales = () if fp8 else (packed["block_scale"],)
         kernel = getattr(kernels, f"{'fp8' if fp8 else 'nvfp4'}_{'gate_up' if weight == 'w13' else 'down'}")
         options = {"TOP_K": CONFIG.top_k} if weight == "w13" else {}
-        options |= {} if fp8 else {"ASSEMBLY": True}
+        options |= {} if fp8 else {"ASSEMBLY": True, "SCALED": layer.scheme.activation == "per_token"}
         arguments = (
             *inputs,
             packed["weight"],

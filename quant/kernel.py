@@ -18,6 +18,7 @@ from .kernels.flashinfer_fp8 import FlashInferFP8
 from .kernels.plain import PlainKernel
 from .kernels.reference import ReferenceKernel
 from .kernels.torch_fp8 import TorchFP8Kernel, TorchFP8WeightOnly
+from .kernels.triton_nvfp4 import TritonNVFP4Kernel
 from .scheme import Plain, Scheme, Stored, TensorSpec, WeightShape
 
 
@@ -61,6 +62,7 @@ LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (
     *FP4_BACKENDS.values(),
     TorchFP8Kernel,
     FlashInferFP8,
+    TritonNVFP4Kernel,
     ExactKernel,
     ReferenceKernel,
 )
@@ -72,7 +74,7 @@ WEIGHT_ONLY: dict[type[LinearKernel], type[LinearKernel]] = {TorchFP8Kernel: Tor
 # fake-quantized trainer, which flips a rounding tie now and then. On a CPU `_scaled_mm` is some 40 times slower.
 PROOF_ORDER = ("reference",)
 CPU_ORDER = ("exact", "reference")
-GPU_ORDER = ("torch_fp8", "exact", "reference")
+GPU_ORDER = ("torch_fp8", "triton_nvfp4", "exact", "reference")
 BLACKWELL = ("flashinfer_trtllm", "flashinfer_cute_dsl")
 NVFP4_ORDER = {100: BLACKWELL, 103: BLACKWELL, 110: ("flashinfer_auto",), 120: ("flashinfer_auto",)}
 

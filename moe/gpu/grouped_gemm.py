@@ -180,6 +180,7 @@ def _nvfp4_step(
 @triton.jit
 def nvfp4_gate_up(
     x_ptr,
+    x_scale_ptr,
     w_ptr,
     scale_ptr,
     row_scale_ptr,
@@ -194,9 +195,13 @@ def nvfp4_gate_up(
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """silu(gate) * up of every pair: x BF16 [tokens, K], w packed [experts, 2 inner, K / 2] -> BF16 [pairs, inner]."""
+    """silu(gate) * up of every pair: x BF16 [tokens, K], w packed [experts, 2 inner, K / 2] -> BF16 [pairs, inner].
+
+    SCALED: x are exact products of codes and block scales, and every token has a scale.
+    """
     expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
@@ -222,12 +227,16 @@ def nvfp4_gate_up(
     row_scale_ptr = row_scale_ptr + expert * 2 * inner + row
     gate = gate * (tl.load(row_scale_ptr) * EPILOGUE)[:, None]
     up = up * (tl.load(row_scale_ptr + inner) * EPILOGUE)[:, None]
+    if SCALED:
+        x_scale = tl.load(x_scale_ptr + token)[None, :]
+        gate, up = gate * x_scale, up * x_scale
     _store_gated(out_ptr, gate, up, pair, row, exists, inner)
 
 
 @triton.jit
 def nvfp4_down(
     x_ptr,
+    x_scale_ptr,
     w_ptr,
     scale_ptr,
     row_scale_ptr,
@@ -241,6 +250,7 @@ def nvfp4_down(
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """x BF16 [pairs, K], w packed [experts, N, K / 2] -> BF16 [pairs, N]."""
@@ -263,6 +273,8 @@ def nvfp4_down(
         second = tl.load(scale_ptr + step * 2 * half_size + half_size)
         total = _nvfp4_step(tl.load(w_ptr + step * HALF), first, second, x0, x1, total, ROWS, HALF, ASSEMBLY)
     total = total * (tl.load(row_scale_ptr + expert * N + row) * EPILOGUE)[:, None]
+    if SCALED:
+        total = total * tl.load(x_scale_ptr + source)[None, :]
     tl.store(out_ptr + pair.to(tl.int64)[None, :] * N + row[:, None], total.to(tl.bfloat16), mask=exists[None, :])
 
 

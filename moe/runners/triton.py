@@ -1,4 +1,4 @@
-"""`triton`: all experts in two launches, FP8 or NVFP4 W4A16, on Hopper."""
+"""`triton`: all experts in two launches, FP8, NVFP4 W4A16 or the twin of NVFP4 W4A4, on Hopper."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...quant import FP8, NVFP4, Capability, Scheme, TensorSpec, WeightShape
+from ...quant.kernels.nvfp4_packing import ue5m3
 from ...quant.scheme import Stored
 from ..config import MoeConfig
 from .reference import expert_shapes
@@ -107,12 +108,6 @@ class GroupedNVFP4:
         return {"row_scale": self.scheme.row_scale(scales, self.shape).clone()}
 
 
-def ue5m3(scales: Tensor) -> Tensor:
-    """E4M3 >= 0 -> uint8: 5 bits of exponent over a bias of 12, 3 of mantissa; exact, zero becomes the smallest."""
-    mantissa, exponent = torch.frexp(scales.float().clamp(min=2.0**-9))  # mantissa in [0.5, 1)
-    return ((exponent + 11 << 3) | ((mantissa * 16).to(torch.int32) & 7)).to(torch.uint8)
-
-
 class TritonRunner:
     """Sorts the pairs by expert, then gate and up with SwiGLU, then down, then the sum over a token's choices."""
 
@@ -146,11 +141,11 @@ class TritonRunner:
             return "computes plain SwiGLU, without biases"
         if isinstance(scheme, FP8) and scheme.activation == "per_token":
             depth = 256
-        elif isinstance(scheme, NVFP4) and scheme.activation == "none":
+        elif isinstance(scheme, NVFP4) and scheme.activation in ("none", "per_token"):
             depth = DEPTH
         else:
             asked = f"{scheme.name} with activations {scheme.activation!r}"
-            return f"computes FP8 with per-token activations and NVFP4 W4A16, not {asked}"
+            return f"computes FP8 per token and NVFP4 per token or W4A16, not {asked}"
         if config.hidden_size % depth or config.intermediate_size % depth:
             return f"hidden and intermediate sizes are multiples of {depth}"
         return None
@@ -207,18 +202,26 @@ class TritonRunner:
         hidden, inner = config.hidden_size, config.intermediate_size
         rows, tokens, depth, warps, stages = self._tile(NVFP4_TILES, "w13", num_pairs)
         pairs, experts = make_blocks(ids, config.num_experts, tokens)
+        options = {"SCALED": self.scheme.activation == "per_token", "ASSEMBLY": x.is_cuda}
         activated = x.new_empty(num_pairs, inner)
         kernels.nvfp4_gate_up[(inner // rows, len(experts))](
-            x, w13["weight"], w13["block_scale"], w13["row_scale"], activated, pairs, experts, num_pairs, hidden, inner,
-            TOP_K=config.top_k, ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages,
-            ASSEMBLY=x.is_cuda, num_warps=warps,
+            *self._nvfp4_input(x), w13["weight"], w13["block_scale"], w13["row_scale"], activated, pairs, experts,
+            num_pairs, hidden, inner, TOP_K=config.top_k, ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages,
+            **options, num_warps=warps,
         )  # fmt: skip
         self.watch_w2(activated)
         rows, other, depth, warps, stages = self._tile(NVFP4_TILES, "w2", num_pairs)
         assert other == tokens
         out = x.new_empty(num_pairs, hidden)
         kernels.nvfp4_down[(hidden // rows, len(experts))](
-            activated, w2["weight"], w2["block_scale"], w2["row_scale"], out, pairs, experts, num_pairs, inner, hidden,
-            ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages, ASSEMBLY=x.is_cuda, num_warps=warps,
+            *self._nvfp4_input(activated), w2["weight"], w2["block_scale"], w2["row_scale"], out, pairs, experts,
+            num_pairs, inner, hidden, ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages,
+            **options, num_warps=warps,
         )  # fmt: skip
         return out
+
+    def _nvfp4_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """BF16 as it is, or the products of its codes and block scales, and the scale of every row."""
+        from ...quant.gpu.quantize import nvfp4_products
+
+        return nvfp4_products(x) if self.scheme.activation == "per_token" else (x, x)

@@ -32,6 +32,14 @@ def e2m1_code(x, CLAMP: tl.constexpr):
 
 
 @triton.jit
+def e2m1_value(code):
+    """4-bit code as int32 -> float32; a zero has no sign. The three lines are the grid's octaves."""
+    index = (code & 7).to(tl.float32)
+    magnitude = tl.maximum(tl.maximum(index * 0.5, index - 2.0), index * 2.0 - 8.0)
+    return tl.where((code & 8) != 0, 0.0 - magnitude, magnitude)
+
+
+@triton.jit
 def quotient(x, scale, reciprocal):
     """x / scale, rounded once, from reciprocal = 1 / scale rounded once: two fused steps (Markstein, 1990)."""
     guess = x * reciprocal

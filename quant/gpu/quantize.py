@@ -19,6 +19,7 @@ from .floats import (
     NVFP4_RANGE,
     SIXTH,
     e2m1_code,
+    e2m1_value,
     pack_codes,
     quotient,
     scale_offset,
@@ -26,6 +27,27 @@ from .floats import (
 
 ScaleLayout = Literal["linear", "128x4", "8x4"]
 TILE_ROWS = {"linear": 0, "128x4": 128, "8x4": 8}
+
+
+@triton.jit
+def _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, STATIC: tl.constexpr):
+    """Codes int32 [ROWS, BLOCK_K / 16, 16], block scales E4M3 [ROWS, BLOCK_K / 16], decode scales [ROWS]."""
+    cols = tl.arange(0, BLOCK_K)
+    mask = (rows < num_rows)[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    blocks = tl.reshape(x, (ROWS, BLOCK_K // 16, 16))
+    block_amax = tl.max(tl.abs(blocks), axis=2)
+    if STATIC:
+        encode = tl.div_rn(1.0, tl.load(static_ptr)) + tl.zeros((ROWS,), tl.float32)
+    else:
+        amax = tl.max(block_amax, axis=1)
+        encode = tl.where(amax > 0, tl.minimum(tl.div_rn(NVFP4_RANGE + amax * 0, amax), FLOAT_MAX), FLOAT_MAX)
+    decode = tl.div_rn(1.0 + encode * 0, encode)
+    scale = tl.minimum(block_amax * (encode * SIXTH)[:, None], 448.0).to(tl.float8e4nv)
+    divisor = scale.to(tl.float32) * decode[:, None]
+    factor = tl.minimum(tl.div_rn(1.0 + divisor * 0, divisor), FLOAT_MAX)
+    factor = tl.where(block_amax == 0, 0.0, factor)
+    return e2m1_code(blocks * factor[:, :, None], STATIC), scale, decode
 
 
 @triton.jit
@@ -43,26 +65,10 @@ def _nvfp4_kernel(
     STATIC: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_K)
     inside = rows < num_rows
-    start = rows.to(tl.int64) * K
-    mask = inside[:, None] & (cols < K)[None, :]
-    x = tl.load(x_ptr + start[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    blocks = tl.reshape(x, (ROWS, BLOCK_K // 16, 16))
-    block_amax = tl.max(tl.abs(blocks), axis=2)
-    if STATIC:
-        encode = tl.div_rn(1.0, tl.load(static_ptr)) + tl.zeros((ROWS,), tl.float32)
-    else:
-        amax = tl.max(block_amax, axis=1)
-        encode = tl.where(amax > 0, tl.minimum(tl.div_rn(NVFP4_RANGE + amax * 0, amax), FLOAT_MAX), FLOAT_MAX)
-    decode = tl.div_rn(1.0 + encode * 0, encode)
+    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC)
     if not STATIC:
         tl.store(token_ptr + rows, decode, mask=inside)
-    scale = tl.minimum(block_amax * (encode * SIXTH)[:, None], 448.0).to(tl.float8e4nv)
-    divisor = scale.to(tl.float32) * decode[:, None]
-    factor = tl.minimum(tl.div_rn(1.0 + divisor * 0, divisor), FLOAT_MAX)
-    factor = tl.where(block_amax == 0, 0.0, factor)
-    codes = e2m1_code(blocks * factor[:, :, None], STATIC)
     words = pack_codes(tl.reshape(codes, (ROWS, BLOCK_K)), ROWS, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
     tl.store(
@@ -73,6 +79,28 @@ def _nvfp4_kernel(
     block = tl.arange(0, BLOCK_K // 16)
     offset = scale_offset(rows.to(tl.int64)[:, None], block[None, :], K // 16, LAYOUT)
     tl.store(scales_ptr + offset, scale.to(tl.uint8, bitcast=True), mask=inside[:, None] & (block < K // 16)[None, :])
+
+
+@triton.jit
+def _nvfp4_products_kernel(
+    x_ptr,
+    static_ptr,
+    products_ptr,
+    token_ptr,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC)
+    if not STATIC:
+        tl.store(token_ptr + rows, decode, mask=rows < num_rows)
+    products = tl.reshape(e2m1_value(codes) * scale.to(tl.float32)[:, :, None], (ROWS, BLOCK_K)).to(tl.bfloat16)
+    cols = tl.arange(0, BLOCK_K)
+    mask = (rows < num_rows)[:, None] & (cols < K)[None, :]
+    tl.store(products_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], products, mask=mask)
 
 
 @on_own_device
@@ -110,6 +138,32 @@ def quantize_nvfp4(
             num_warps=warps,
         )
     return codes, scales.view(torch.float8_e4m3fn), token
+
+
+@on_own_device
+def nvfp4_products(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """BF16 x [M, K] -> E2M1 values times block scales, exact in BF16 [M, K]; decode scale (float32 [M] or static).
+
+    What `quantize_nvfp4` would write, decoded, without the way through four bits.
+    """
+    num_rows, K = x.shape
+    products = torch.empty_like(x)
+    token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
+    rows, block_k, warps = _tiles(K, 1024)
+    if num_rows:
+        _nvfp4_products_kernel[(-(-num_rows // rows),)](
+            x,
+            token,
+            products,
+            token,
+            num_rows,
+            K,
+            ROWS=rows,
+            BLOCK_K=block_k,
+            STATIC=input_scale is not None,
+            num_warps=warps,
+        )
+    return products, token
 
 
 @triton.jit

@@ -88,7 +88,7 @@ class TorchFP8Kernel:
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             codes,
             packed["weight"].t(),
-            scale_a=scale.view(-1, 1) * scale.new_ones(len(x), 1),
+            scale_a=scale.view(-1, 1).expand(len(x), 1).contiguous(),
             scale_b=packed["row_scale"],
             out_dtype=torch.bfloat16,
         )

@@ -17,14 +17,17 @@ from rollmill.quant import (
     find_capability,
     select_kernel,
 )
+from rollmill.quant.kernel import SPEED_ORDER
 from rollmill.quant.kernels.activation import quantize_activation
 from rollmill.quant.kernels.exact import ExactKernel
 from rollmill.quant.kernels.plain import PlainKernel
 from rollmill.quant.kernels.reference import ReferenceKernel
 from rollmill.quant.kernels.torch_fp8 import TorchFP8Kernel
+from rollmill.quant.kernels.triton_nvfp4 import TritonNVFP4Kernel
 
 CPU = Capability(torch.device("cpu"), None, ())
 HOPPER = Capability(torch.device("cuda"), 90, ())
+HOPPER_TRITON = Capability(torch.device("cuda"), 90, ("triton",))
 AMPERE = Capability(torch.device("cuda"), 80, ())
 
 FP8_SCHEMES = [
@@ -300,6 +303,10 @@ def test_names_of_kernels_are_unique():
         (NVFP4(), CPU, torch.bfloat16, "exact"),
         (FP8(), HOPPER, torch.bfloat16, "torch_fp8"),
         (NVFP4(), HOPPER, torch.bfloat16, "exact"),
+        (NVFP4(), HOPPER_TRITON, torch.bfloat16, "triton_nvfp4"),
+        (NVFP4(activation="none"), HOPPER_TRITON, torch.bfloat16, "triton_nvfp4"),
+        (NVFP4(activation="per_tensor"), HOPPER_TRITON, torch.bfloat16, "exact"),
+        (NVFP4(), HOPPER_TRITON, torch.float16, "exact"),
         (FP8(), AMPERE, torch.bfloat16, "exact"),
         (FP8(activation="none"), HOPPER, torch.bfloat16, "exact"),
         (BF16, HOPPER, torch.bfloat16, "bf16"),
@@ -378,11 +385,11 @@ def test_torch_fp8_refuses_to_leave_activations_unquantized(per_channel):
 
 
 def test_every_reason_is_listed_when_no_kernel_can(monkeypatch):
-    for kernel in (ExactKernel, ReferenceKernel, TorchFP8Kernel):
+    for kernel in (ExactKernel, ReferenceKernel, TorchFP8Kernel, TritonNVFP4Kernel):
         monkeypatch.setattr(kernel, "unsupported", staticmethod(lambda *args, why=kernel.name: f"no {why} today"))
     with pytest.raises(UnsupportedError, match=r"no linear kernel for fp8 \[64, 64\] on sm90") as error:
         select_kernel(FP8(), SHAPE, HOPPER, torch.bfloat16)
-    assert error.value.reasons == tuple(f"{name}: no {name} today" for name in ("torch_fp8", "exact", "reference"))
+    assert error.value.reasons == tuple(f"{name}: no {name} today" for name in SPEED_ORDER["cuda"])
 
 
 # the machine

@@ -18,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rollmill.quant.gpu import convert, quantize
+from rollmill.moe.gpu import grouped_gemm
+from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
+from rollmill.quant.gpu import convert, nvfp4_gemm, quantize
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -32,6 +34,23 @@ STATE = {
     "code_max": "fp32",
 }
 ROWS = {"num_rows": "i32", "K": "i32"}
+MATMUL = {  # "i32:16": a multiple of 16, as launches find by themselves
+    "x_ptr": "*bf16",
+    "w_ptr": "*u8",
+    "scale_ptr": "*u8",
+    "row_scale_ptr": "*fp32",
+    "token_scale_ptr": "*fp32",
+    "bias_ptr": "*bf16",
+    "out_ptr": "*bf16",
+    "M": "i32",
+    "N": "i32:16",
+    "K": "i32:16",
+    "first_row": "i32:16",
+    "end_row": "i32:16",
+    "steps": "i32",
+}
+FEW = {"SLICES": 4, "ASSEMBLY": True}
+EPILOGUE = {"RAGGED": False, "SCALED": 1, "BIAS": True}
 TILES = {"ROWS": 16, "STEP": 2, "BLOCK_K": 2048, "PROGRAMS": 96, "ONE_LAUNCH": True}
 
 
@@ -55,11 +74,61 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     }
 
 
+def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every tile of the dense NVFP4 product, and what surrounds it. The assembly is any NVIDIA GPU's."""
+    products = {"x_ptr": "*bf16", "static_ptr": "*fp32", "products_ptr": "*bf16", "token_ptr": "*fp32"} | ROWS
+    decoded = {k: v for k, v in MATMUL.items() if k not in ("scale_ptr", "steps")} | {"w_ptr": "*bf16"}
+    decode = {k: MATMUL[k] for k in ("w_ptr", "scale_ptr", "out_ptr", "N", "K", "first_row", "end_row")}
+    few = {
+        f"nvfp4_few_{tile.tokens}": (nvfp4_gemm._few_tokens, MATMUL, FEW | EPILOGUE | tile_of(tile), 4)
+        for _, tile in nvfp4_gemm.FEW_TILES
+    }
+    many = {
+        f"nvfp4_many_{tile.tokens}": (
+            nvfp4_gemm._many_tokens,
+            decoded,
+            EPILOGUE | tile_of(tile) | {"DEPTH": tile.depth, "GROUP": 8},
+            tile.warps,
+        )
+        for _, tile in nvfp4_gemm.MANY_TILES
+    }
+    return {
+        **few,
+        **many,
+        "nvfp4_decode": (nvfp4_gemm._decode, decode, {"ROWS": 64, "ASSEMBLY": True}, 4),
+        "nvfp4_products": (quantize._nvfp4_products_kernel, products, {"ROWS": 1, "BLOCK_K": 2048, "STATIC": False}, 2),
+    }
+
+
+def tile_of(tile: nvfp4_gemm.Tile) -> dict[str, int]:
+    return {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
+
+
+def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every tile of the experts' products."""
+    fp8, found = {"x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv"}, {}
+    nvfp4 = {"x_ptr": "*bf16", "x_scale_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*u8"}
+    rest = {"row_scale_ptr": "*fp32", "out_ptr": "*bf16", "sorted_ptr": "*i32", "expert_ptr": "*i32"}
+    rest |= {"num_pairs": "i32", "K": "i32:16"}
+    for name, inputs, table, more in (
+        ("fp8", fp8, FP8_TILES, {}),
+        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "ASSEMBLY": True}),
+    ):
+        gate_up, down = getattr(grouped_gemm, f"{name}_gate_up"), getattr(grouped_gemm, f"{name}_down")
+        for weight, kernel, size, top_k in (("w13", gate_up, "inner", {"TOP_K": 8}), ("w2", down, "N", {})):
+            for most, (rows, tokens, depth, warps, stages) in table[weight]:
+                tile = {"ROWS": rows, "TOKENS": tokens, "DEPTH": depth, "STAGES": stages} | top_k | more
+                found[f"experts_{name}_{weight}_{most}"] = (kernel, inputs | rest | {size: "i32:16"}, tile, warps)
+    return found
+
+
 def compile_one(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
 ) -> dict[str, Any]:
     whole = signature | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(whole.values()) if kind.startswith("*")}
+    even = [i for i, kind in enumerate(whole.values()) if kind.startswith("*") or kind.endswith(":16")]
+    whole = {name: kind.removesuffix(":16") for name, kind in whole.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in even}
     source = ASTSource(kernel, signature=whole, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -67,16 +136,12 @@ def compile_one(
         command = [str(BINARIES / "cuobjdump"), "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"shared": compiled.metadata.shared, "ptx_has_wgmma": "wgmma" in compiled.asm["ptx"], **found}
+    ptx = compiled.asm["ptx"]
+    instructions = [name for name in ("wgmma", "mma.sync", "tcgen05.mma") if name in ptx]
+    return {"shared": compiled.metadata.shared, "instructions": instructions, **found}
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {
-                f"{name} sm{sm}": compile_one(*parts, sm)
-                for sm in map(int, sys.argv[1:])
-                for name, parts in kernels().items()
-            }
-        )
-    )
+    asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
+    asked += [(name, parts, 90) for name, parts in (dense_kernels() | expert_kernels()).items()]
+    print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))

@@ -34,3 +34,32 @@ def test_compiles_without_spills(compiled: dict[str, dict[str, Any]], kernel: st
     assert needs["STACK"] == needs["LOCAL"] == 0
     assert needs["REG"] <= 255
     assert needs["shared"] <= SHARED[sm]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        *(f"few_{tokens}" for tokens in (8, 16, 32)),
+        *(f"many_{tokens}" for tokens in (64, 128, 256)),
+        "decode",
+        "products",
+    ],
+)
+def test_dense_kernels_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]], kernel: str):
+    needs = compiled[f"nvfp4_{kernel} sm90"]
+    assert needs["STACK"] == needs["LOCAL"] == 0
+    assert needs["shared"] <= SHARED[90]
+    wanted = {"few": ["mma.sync"], "many": ["wgmma"]}.get(kernel.split("_")[0], [])
+    assert needs["instructions"] == wanted
+
+
+@pytest.mark.parametrize("most", ["12", "24", "96", "inf"])
+@pytest.mark.parametrize("weight", ["w13", "w2"])
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+def test_experts_compile_for_hopper_without_spills(
+    compiled: dict[str, dict[str, Any]], scheme: str, weight: str, most: str
+):
+    needs = compiled[f"experts_{scheme}_{weight}_{most} sm90"]
+    assert needs["STACK"] == needs["LOCAL"] == 0
+    assert needs["shared"] <= SHARED[90]
+    assert needs["instructions"] in (["wgmma"], ["mma.sync"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rollmill.quant import numerics
+from rollmill.quant import NVFP4, numerics
+from rollmill.quant.kernels.activation import quantize_activation
 from rollmill.quant.layout import swizzle_scales
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from rollmill.quant.gpu.quantize import quantize_fp8, quantize_nvfp4  # noqa: E402 (after the conftest's set-up)
+from rollmill.quant.gpu.quantize import nvfp4_products, quantize_fp8, quantize_nvfp4  # noqa: E402 (after the conftest's set-up)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 16), (5, 64), (7, 96), (3, 2048)]
@@ -46,6 +47,17 @@ def test_nvfp4_equals_the_reference(rows: int, cols: int, static: float | None):
         assert same_bits(token, encode.reciprocal()[:, 0])
 
 
+@pytest.mark.parametrize("static", [None, 0.0123], ids=["per token", "static"])
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_products_are_those_of_the_reference(rows: int, cols: int, static: float | None):
+    x = activations(rows, cols)
+    scale = None if static is None else torch.tensor(static, device=DEVICE)
+    expected, decode = quantize_activation(x, NVFP4(activation="static" if static else "per_token"), scale, x.dtype)
+    products, token = nvfp4_products(x, scale)
+    assert same_bits(products, expected)
+    assert torch.equal(token.flatten(), decode.flatten()) or static is not None
+
+
 @pytest.mark.parametrize(("layout", "tile"), [("128x4", 128), ("8x4", 8)])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES[:3])
 def test_scales_lie_as_the_layout_says_and_pad_with_zeros(rows: int, cols: int, layout: str, tile: int):
@@ -70,6 +82,8 @@ def test_a_row_does_not_depend_on_the_others():
     x = activations(7, 96)
     whole, alone = quantize_nvfp4(x), quantize_nvfp4(x[4:5])
     assert all(same_bits(a[4:5], b) for a, b in zip(whole, alone, strict=True))
+    whole, alone = nvfp4_products(x), nvfp4_products(x[4:5])
+    assert all(same_bits(a[4:5], b) for a, b in zip(whole, alone, strict=True))
     whole, alone = quantize_fp8(x), quantize_fp8(x[4:5])
     assert all(same_bits(a[4:5], b) for a, b in zip(whole, alone, strict=True))
 
@@ -83,7 +97,7 @@ def test_a_nan_stays_one_in_fp8():
 def test_no_rows():
     empty = torch.empty(0, 64, dtype=torch.bfloat16, device=DEVICE)
     assert quantize_nvfp4(empty)[0].shape == (0, 32)
-    assert quantize_fp8(empty)[0].shape == (0, 64)
+    assert quantize_fp8(empty)[0].shape == nvfp4_products(empty)[0].shape == (0, 64)
 
 
 def test_every_e2m1_tie_rounds_to_the_even_code():

@@ -1,0 +1,259 @@
+"""x W^T with NVFP4 weights and BF16 activations (W4A16), or with activations that are exact products (W4A4's twin).
+
+Up to FEW tokens: the weight's rows are the tall side of a tile, K is cut into equal slices, by the shape alone, and
+every warp of a program sums one slice, step by step; then the slices are summed in order. A token's result depends on
+no other token, nor on how many there are. Above, weights are decoded to BF16 once and multiplied as such: again
+independent of other tokens, but summed in another order than up to FEW.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# (to a type checker a kernel is the function that Triton compiles, which takes no launch options)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import on_own_device
+from .nvfp4_widen import DEPTH, EPILOGUE, HALF, SCALES, first_half, real_order, second_half
+
+
+class Tile(NamedTuple):
+    """Rows of the weight and tokens of a program; depth along K and warps, where the slices do not say them."""
+
+    rows: int
+    tokens: int
+    stages: int
+    depth: int = 128
+    warps: int = 0
+
+
+# Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md. Above FEW the weight is decoded to BF16 first.
+FEW_TILES = ((8, Tile(32, 8, 4)), (16, Tile(32, 16, 3)), (128, Tile(32, 32, 2)))
+FEW = FEW_TILES[-1][0]
+MANY_TILES = (
+    (512, Tile(128, 64, 4, depth=64, warps=4)),
+    (1024, Tile(128, 128, 4, depth=64, warps=4)),
+    (1 << 31, Tile(128, 256, 3, depth=64, warps=8)),
+)
+
+
+@triton.jit(do_not_specialize=["M", "steps"])
+def _few_tokens(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    row_scale_ptr,
+    token_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    first_row,
+    end_row,
+    steps,
+    SLICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """x BF16 [M, K], w packed [steps, N, 64] -> columns first_row to end_row of BF16 [M, N]; a slice a warp."""
+    row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    source, order = tl.where(row < end_row, row, first_row), real_order()
+    part = steps // SLICES
+    start = tl.arange(0, SLICES)[:, None, None] * part
+    w_ptr += start.to(tl.int64) * (N * HALF) + source[None, :, None] * HALF + tl.arange(0, HALF)[None, None, :]
+    scale_ptr += start.to(tl.int64) * (2 * SCALES * N) + source[None, :, None] * SCALES
+    scale_ptr += tl.arange(0, SCALES)[None, None, :]
+    x_ptr += token.to(tl.int64)[None, None, :] * K + start * DEPTH + order[None, :, None]
+    inside = (token < M)[None, None, :]
+    left = K - start * DEPTH - order[None, :, None]  # of x, where K is no multiple of a step
+    total = tl.zeros((SLICES, ROWS, TOKENS), tl.float32)
+    for step in tl.range(0, part, num_stages=STAGES):
+        if RAGGED:
+            x0 = tl.load(x_ptr + step * DEPTH, mask=inside & (left > step * DEPTH), other=0.0)
+            x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=inside & (left > step * DEPTH + HALF), other=0.0)
+        else:
+            x0 = tl.load(x_ptr + step * DEPTH, mask=inside, other=0.0)
+            x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=inside, other=0.0)
+        w = tl.load(w_ptr)
+        scales0, scales1 = tl.load(scale_ptr), tl.load(scale_ptr + SCALES * N)
+        w_ptr += N * HALF
+        scale_ptr += 2 * SCALES * N
+        total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
+        total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
+    total, row, token = _sum_in_order(total), row[:, None], token[None, :]
+    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+
+
+@triton.jit
+def _sum_in_order(parts):
+    """[SLICES, ROWS, TOKENS] -> [ROWS, TOKENS], part after part: ((p0 + p1) + p2) + ..."""
+    SLICES: tl.constexpr = parts.shape[0]
+    R: tl.constexpr = parts.shape[1]
+    T: tl.constexpr = parts.shape[2]
+    last = tl.permute(parts, (1, 2, 0))
+    if SLICES == 1:
+        total = last.reshape(R, T)
+    elif SLICES == 2:
+        p0, p1 = tl.split(last)
+        total = p0 + p1
+    elif SLICES == 4:
+        even, odd = tl.split(last.reshape(R, T, 2, 2))
+        p0, p2 = tl.split(even)
+        p1, p3 = tl.split(odd)
+        total = ((p0 + p1) + p2) + p3
+    else:
+        even, odd = tl.split(last.reshape(R, T, 2, 2, 2))
+        p04, p26 = tl.split(even)
+        p15, p37 = tl.split(odd)
+        p0, p4 = tl.split(p04)
+        p2, p6 = tl.split(p26)
+        p1, p5 = tl.split(p15)
+        p3, p7 = tl.split(p37)
+        total = ((((((p0 + p1) + p2) + p3) + p4) + p5) + p6) + p7
+    return total
+
+
+@triton.jit
+def _decode(w_ptr, scale_ptr, out_ptr, N, K, first_row, end_row, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Rows of a packed weight -> BF16 [end_row - first_row, K]: codes times block scales, times 2**-8."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, step = first_row + place, tl.program_id(1)
+    inside, order = row < end_row, real_order()
+    w_ptr += step.to(tl.int64) * (N * HALF) + row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    w = tl.load(w_ptr, mask=inside[:, None], other=0)
+    scale_ptr += step.to(tl.int64) * (2 * SCALES * N) + row[:, None] * SCALES + tl.arange(0, SCALES)[None, :]
+    scales0 = tl.load(scale_ptr, mask=inside[:, None], other=0)
+    scales1 = tl.load(scale_ptr + SCALES * N, mask=inside[:, None], other=0)
+    col = step * DEPTH + order[None, :]
+    out_ptr += place.to(tl.int64)[:, None] * K + col
+    products = first_half(w[None], scales0[None], ASSEMBLY).reshape(ROWS, HALF)
+    tl.store(out_ptr, products, mask=inside[:, None] & (col < K))
+    products = second_half(w[None], scales1[None], ASSEMBLY).reshape(ROWS, HALF)
+    tl.store(out_ptr + HALF, products, mask=inside[:, None] & (col + HALF < K))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _many_tokens(
+    x_ptr,
+    w_ptr,
+    row_scale_ptr,
+    token_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    first_row,
+    end_row,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """x BF16 [M, K] times decoded rows BF16 [end_row - first_row, K]; GROUP tiles of tokens share what the L2 holds."""
+    tiles, token_tiles = tl.cdiv(end_row - first_row, ROWS), tl.cdiv(M, TOKENS)
+    first = tl.program_id(0) // (GROUP * tiles) * GROUP
+    group = tl.minimum(token_tiles - first, GROUP)
+    inner = tl.program_id(0) % (GROUP * tiles)
+    place = inner // group * ROWS + tl.arange(0, ROWS)
+    token = (first + inner % group) * TOKENS + tl.arange(0, TOKENS)
+    row, k = first_row + place, tl.arange(0, DEPTH)
+    source, x_row = tl.where(row < end_row, place, 0), tl.where(token < M, token, 0)
+    w_ptr += source.to(tl.int64)[:, None] * K + k[None, :]
+    x_ptr += x_row.to(tl.int64)[:, None] * K + k[None, :]
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for step in tl.range(0, K, DEPTH, num_stages=STAGES):
+        if RAGGED:
+            left = (k < K - step)[None, :]
+            x, w = tl.load(x_ptr + step, mask=left, other=0.0), tl.load(w_ptr + step, mask=left, other=0.0)
+        else:
+            x, w = tl.load(x_ptr + step), tl.load(w_ptr + step)
+        total = tl.dot(x, tl.trans(w), total)
+    row, token = row[None, :], token[:, None]
+    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+
+
+@triton.jit
+def _store(
+    total,
+    row_scale_ptr,
+    token_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    row,
+    token,
+    M,
+    N,
+    end_row,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Row and token scales and the bias in float32, then one rounding; `row` and `token` span the tile.
+
+    SCALED: 0 no scale, 1 of each token, 2 of all.
+    """
+    mine = row < end_row
+    total = total * (tl.load(row_scale_ptr + row, mask=mine, other=0.0) * EPILOGUE)
+    if SCALED == 1:
+        total = total * tl.load(token_scale_ptr + token, mask=token < M, other=0.0)
+    if SCALED == 2:
+        total = total * tl.load(token_scale_ptr)
+    if BIAS:
+        total += tl.load(bias_ptr + row, mask=mine, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token.to(tl.int64) * N + row, total.to(tl.bfloat16), mask=mine & (token < M))
+
+
+def num_slices(steps: int) -> int:
+    """Parts that K is cut into: by the shape alone."""
+    return next(slices for slices in (4, 2, 1) if steps % slices == 0)
+
+
+@on_own_device
+def nvfp4_matmul(
+    x: Tensor,
+    packed: Mapping[str, Tensor],
+    out: Tensor,
+    rows: slice,
+    token_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """x BF16 [M, K] times rows of a packed weight -> these columns of out BF16 [M, N].
+
+    `token_scale` float32 [M] or a scalar, `bias` [N].
+    """
+    (M, K), (steps, N, _) = x.shape, packed["weight"].shape
+    weight, size = (packed["weight"], packed["block_scale"]), rows.stop - rows.start
+    scales = packed["row_scale"], x if token_scale is None else token_scale, x if bias is None else bias
+    sizes = M, N, K, rows.start, rows.stop
+    scaled = 0 if token_scale is None else 1 if token_scale.ndim else 2
+    options = {"SCALED": scaled, "BIAS": bias is not None}
+    tile = next(tile for most, tile in (FEW_TILES if M <= FEW else MANY_TILES) if most >= M)
+    tiles = -(-size // tile.rows), -(-M // tile.tokens)
+    options |= {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
+    if M <= FEW:
+        slices = num_slices(steps)
+        options |= {"SLICES": slices, "RAGGED": K % DEPTH.value != 0, "ASSEMBLY": x.is_cuda}
+        _few_tokens[tiles](x, *weight, *scales, out, *sizes, steps, **options, num_warps=slices)
+        return
+    decoded = x.new_empty(size, K)
+    _decode[(-(-size // 64), steps)](
+        *weight, decoded, N, K, rows.start, rows.stop, ROWS=64, ASSEMBLY=x.is_cuda, num_warps=4
+    )
+    options |= {"DEPTH": tile.depth, "RAGGED": K % tile.depth != 0, "GROUP": 8}
+    _many_tokens[(tiles[0] * tiles[1],)](x, decoded, *scales, out, *sizes, **options, num_warps=tile.warps)
