@@ -17,7 +17,7 @@ from rollmill.quant import (
     find_capability,
     select_kernel,
 )
-from rollmill.quant.kernel import SPEED_ORDER
+from rollmill.quant.kernel import GPU_ORDER
 from rollmill.quant.kernels.activation import quantize_activation
 from rollmill.quant.kernels.exact import ExactKernel
 from rollmill.quant.kernels.plain import PlainKernel
@@ -389,7 +389,7 @@ def test_every_reason_is_listed_when_no_kernel_can(monkeypatch):
         monkeypatch.setattr(kernel, "unsupported", staticmethod(lambda *args, why=kernel.name: f"no {why} today"))
     with pytest.raises(UnsupportedError, match=r"no linear kernel for fp8 \[64, 64\] on sm90") as error:
         select_kernel(FP8(), SHAPE, HOPPER, torch.bfloat16)
-    assert error.value.reasons == tuple(f"{name}: no {name} today" for name in SPEED_ORDER["cuda"])
+    assert error.value.reasons == tuple(f"{name}: no {name} today" for name in GPU_ORDER)
 
 
 # the machine
