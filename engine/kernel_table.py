@@ -10,8 +10,18 @@ import torch
 from msgspec import Struct
 
 from ..moe import MoeConfig, RoutedExperts, judge_runners, select_runner
-from ..quant import FP8, Capability, Plain, Scheme, WeightShape, judge_kernels, make_scheme, select_kernel
-from ..quant.flashinfer_api.tactics import TacticGuard
+from ..quant import (
+    FP8,
+    Capability,
+    Plain,
+    Scheme,
+    UnsupportedError,
+    WeightShape,
+    judge_kernels,
+    make_scheme,
+    select_kernel,
+)
+from ..quant.flashinfer_api.guard import TacticGuard
 from ..quant.siblings import SplitPacker
 from .checkpoint import Checkpoint, is_diffusers
 from .config import EngineConfig
@@ -100,8 +110,15 @@ def _self_check(kernel: object, capability: Capability) -> tuple[str, ...]:
     guard = getattr(kernel, "guard", None)
     if not isinstance(guard, TacticGuard) or capability.device.type == "meta":
         return ()
-    served = [guard.prepare(tokens) for tokens in CHECKED_TOKENS]
-    return tuple(f"up to {one.tokens} tokens: {one.tactic}" for one in served)
+    lines: list[str] = []
+    for tokens in CHECKED_TOKENS:
+        try:
+            (served,) = guard.prepare(tokens)
+            lines.append(f"up to {served.tokens} tokens: {served.tactic}")
+            lines += [f"  refused {refused}" for refused in served.refused]
+        except UnsupportedError as error:
+            lines += [f"up to {tokens} tokens: REFUSED", *(f"  {reason}" for reason in error.reasons)]
+    return tuple(lines)
 
 
 def _usual() -> Iterator[Product]:

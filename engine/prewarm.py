@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from ..quant import WeightSlot
-from ..quant.flashinfer_api.tactics import Served, TacticGuard
+from ..quant.flashinfer_api.guard import Served, TacticGuard
 from ..quant.siblings import SplitPacker
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 log = logging.getLogger("rollmill")
 
@@ -18,12 +23,17 @@ def prewarm(slots: Iterable[WeightSlot], token_counts: Iterable[int]) -> list[Se
     `UnsupportedError` where no tactic computes what the reference does. Other numbers are checked when they first come.
     """
     guards, counts = guards_of(slots), list(token_counts)
-    served = []
-    for guard in guards:
-        for tokens in counts:
-            served.append(guard.prepare(tokens))
-            done = f"{len(served)} of {len(guards) * len(counts)}"
-            log.info("self-check %s: %s, %d tokens: %s", done, guard.product, tokens, served[-1].tactic)
+    served: list[Served] = []
+    if not guards:
+        return served
+    console = Console(stderr=True)
+    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(guards))
+        for done, guard in enumerate(guards, 1):
+            bar.update(task, description=f"building and checking {guard.product}")
+            served += guard.prepare(*counts)
+            bar.advance(task)
+            log.info("%s is checked (%d of %d)", guard.product, done, len(guards))
     return served
 
 

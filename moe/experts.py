@@ -71,8 +71,9 @@ class RoutedExperts:
         self._served = [dict(self.w13.tensors), dict(self.w2.tensors)]
         for served, bias in zip(self._served, self.biases, strict=False):
             served |= bias.tensors
-        self.runner.watch_w2 = self.w2.watch
-        if not self.runner.shows_w2:
+        if self.runner.shows_w2:
+            self.runner.watch_w2 = self.w2.watch
+        else:
             self.w2.meter = None  # it would count nothing, which reads as if nothing were clipped
 
     @property

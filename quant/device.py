@@ -20,6 +20,7 @@ class Capability(Struct, frozen=True):
     sm: int | None
     libraries: tuple[str, ...]
     flashinfer: FlashInfer | None = None
+    no_flashinfer: str = "flashinfer is not installed"  # why there is none
 
     def __str__(self) -> str:
         return "cpu" if self.sm is None else f"sm{self.sm}"
@@ -39,8 +40,8 @@ def find_capability(device: str = "auto") -> Capability:
 def describe_device(device: torch.device, sm: int | None) -> Capability:
     """A device of this compute capability with the libraries that are installed here, whether it is here or not."""
     libraries = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
-    flashinfer = find_flashinfer() if sm is not None and "flashinfer" in libraries else None
-    return Capability(device, sm, libraries, flashinfer)
+    found, reason = (None, "FlashInfer runs on GPUs") if sm is None else find_flashinfer()
+    return Capability(device, sm, libraries, found, reason)
 
 
 def _sm(device: torch.device) -> int | None:

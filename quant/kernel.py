@@ -76,7 +76,8 @@ PROOF_ORDER = ("reference",)
 CPU_ORDER = ("exact", "reference")
 GPU_ORDER = ("torch_fp8", "triton_nvfp4", "exact", "reference")
 BLACKWELL = ("flashinfer_trtllm", "flashinfer_cute_dsl")
-NVFP4_ORDER = {100: BLACKWELL, 103: BLACKWELL, 110: ("flashinfer_auto",), 120: ("flashinfer_auto",)}
+IN_ORDER = ("flashinfer_auto",)
+NVFP4_ORDER = {100: BLACKWELL, 103: BLACKWELL, 107: BLACKWELL, 110: IN_ORDER, 120: IN_ORDER, 121: IN_ORDER}
 
 log = logging.getLogger("rollmill")
 

@@ -7,24 +7,24 @@ the second routes in the kernel and reports what it chose.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...quant import FP8, NVFP4, Capability, Scheme, layout
-from ...quant.flashinfer_api.activation import quantize_nvfp4
+from ...quant.flashinfer_api.guard import Bench, KnownBad, TacticGuard, shared_guard
 from ...quant.flashinfer_api.library import import_flashinfer, takes_pairs
-from ...quant.flashinfer_api.tactics import KnownBad, Tactic, TacticGuard, Trial, shared_guard
-from ...quant.kernels.activation import fp8_codes
+from ...quant.flashinfer_api.tactics import Tactic
 from ..config import MoeConfig
-from .flashinfer_trial import make_trial
+from ..routing import route
+from .flashinfer_trial import make_bench
 from .reference import expert_shapes
+from .trtllm_arguments import Packed, make_arguments
 from .trtllm_experts import TrtllmExperts, padded_size
 
 SMS = (100, 103, 107)
-SCALARS = ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")  # of up, gate and down
-PER_TENSOR_SCALARS = ("output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar")
 LARGEST_SAFE_FALLBACK = 4096  # 5120 tokens were right, 6144 were not
 
 
@@ -43,14 +43,11 @@ KNOWN_BAD = (
 )
 
 
-class FlashInferTrtllmRouted:
-    """Our router's choices, at float32 weights where this FlashInfer takes them, else packed with BF16 ones.
+class TrtllmRunner:
+    """What both have in common."""
 
-    The router's BF16 or float32 weights multiply each expert's BF16 output in the last sum.
-    """
-
-    name: ClassVar[str] = "flashinfer_trtllm_routed"
-    routes: ClassVar[bool] = False
+    name: ClassVar[str]
+    routes: ClassVar[bool]
     shows_w2: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
 
@@ -59,28 +56,29 @@ class FlashInferTrtllmRouted:
     ) -> None:
         self.config, self.scheme, self.capability = config, scheme, capability
         self.watch_w2: Callable[[Tensor], None] = lambda x: None
-        per_token_nvfp4 = isinstance(scheme, NVFP4) and scheme.activation == "per_token"
-        shape = f"{config.num_experts} x [{config.hidden_size}, {config.intermediate_size}] top {config.top_k}"
-        self.guard = shared_guard(
-            (self.name, config, scheme, capability),
-            lambda: TacticGuard(
-                f"{self.name} {scheme.name} {scheme.activation} {shape}",
-                self.trial,
-                KNOWN_BAD if per_token_nvfp4 else (),
-            ),
-        )
+        self.guard = self._shared_guard(partial(type(self)._make_bench, config, scheme, capability, dtype))
         self.w13, self.w2 = (TrtllmExperts(scheme, shape, self.guard) for shape in expert_shapes(config))
-        self.hidden_size, self.intermediate_size = (
-            padded_size(config.hidden_size),
-            padded_size(config.intermediate_size),
-        )
+        self.hidden_size = padded_size(config.hidden_size)
+
+    def _shared_guard(self, bench: Callable[[], Bench]) -> TacticGuard:
+        config, scheme = self.config, self.scheme
+        shape = f"{config.num_experts} x [{config.hidden_size}, {config.intermediate_size}] top {config.top_k}"
+        per_token_nvfp4 = isinstance(scheme, NVFP4) and scheme.activation == "per_token"
+        product = f"{self.name} {scheme.name} {scheme.activation} {shape}"
+        known_bad = KNOWN_BAD if per_token_nvfp4 else ()
+        key = (self.name, config, scheme, self.capability)
+        return shared_guard(key, lambda: TacticGuard(product, bench, known_bad))
+
+    @classmethod
+    def _make_bench(cls, config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype) -> Bench:
+        return make_bench(cls(config, scheme, capability, dtype))
 
     @classmethod
     def unsupported(cls, config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype) -> str | None:
         if capability.sm not in SMS:
             return f"runs on {', '.join(f'sm{sm}' for sm in SMS)}, this is {capability}"
         if capability.flashinfer is None:
-            return "flashinfer is not installed"
+            return capability.no_flashinfer
         if dtype != torch.bfloat16:
             return f"computes in bfloat16, not {dtype}"
         if config.bias or config.activation != "silu":
@@ -103,104 +101,58 @@ class FlashInferTrtllmRouted:
         wanted = "NVFP4 and FP8 with static or per-token activations"
         return f"computes {wanted}, not {scheme.name} with {scheme.activation!r}"
 
-    def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+    def run_random(self, x: Tensor, logits: Tensor, w13: Packed, w2: Packed) -> Tensor:
+        """A layer with its router, under whatever tactic the self-check has forced."""
+        raise NotImplementedError
+
+    def _call(self, x: Tensor, w13: Packed, w2: Packed, **routing: Any) -> Tensor:
+        experts = self.config.num_experts
+        arguments = {"routing_bias": None, "n_group": None, "topk_group": None, "routed_scaling_factor": None} | routing
+        out = self._entry()(
+            num_experts=experts,
+            top_k=self.config.top_k,
+            intermediate_size=padded_size(self.config.intermediate_size),
+            local_expert_offset=0,
+            local_num_experts=experts,
+            activation_type=import_flashinfer().fused_moe.ActivationType.Swiglu,
+            **make_arguments(layout.pad_to(x, cols=self.hidden_size), self.scheme, self.capability, w13, w2),
+            **arguments,
+        )
+        out = out[0] if isinstance(out, list | tuple) else out
+        return out[:, : self.config.hidden_size]
+
+    def _entry(self) -> Any:
+        fused_moe, routed = import_flashinfer().fused_moe, "moe" if self.routes else "routed_moe"
+        if isinstance(self.scheme, NVFP4):
+            return getattr(fused_moe, f"trtllm_fp4_block_scale_{routed}")
+        scales = "per_channel" if self.scheme.activation == "per_token" else "per_tensor"
+        return getattr(fused_moe, f"trtllm_fp8_{scales}_scale_{routed}")
+
+
+class FlashInferTrtllmRouted(TrtllmRunner):
+    """Our router's choices: with float32 weights where this FlashInfer takes them, else packed with BF16 ones."""
+
+    name: ClassVar[str] = "flashinfer_trtllm_routed"
+    routes: ClassVar[bool] = False
+
+    def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: Packed, w2: Packed) -> Tensor:
         if not len(x):
             return x
         with self.guard.serving(len(x)):
             return self._run(x, ids, weights, w13, w2)
 
-    def _run(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        entry = self._entry(routed=True)
-        pairs = takes_pairs(entry)
+    def _run(self, x: Tensor, ids: Tensor, weights: Tensor, w13: Packed, w2: Packed) -> Tensor:
+        pairs = takes_pairs(self._entry())
         choices = (ids.int(), weights.float()) if pairs else pack_choices(ids, weights)
         # with choices that are made the method says nothing; this one passes the checks of every version
-        arguments = {
-            "topk_ids": choices,
-            "routing_method_type": import_flashinfer().fused_moe.RoutingMethodType.Renormalize,
-        }
-        return self._call(entry, x, w13, w2, **arguments, n_group=None, topk_group=None, routed_scaling_factor=None)
+        method = import_flashinfer().fused_moe.RoutingMethodType.Renormalize
+        return self._call(x, w13, w2, topk_ids=choices, routing_method_type=method)
 
-    def _call(self, entry: Any, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor], **routing: Any) -> Tensor:
-        experts, x = self.config.num_experts, layout.pad_to(x, cols=self.hidden_size)
-        out = entry(
-            routing_bias=routing.pop("routing_bias", None),
-            gemm1_weights=w13["weight"],
-            gemm2_weights=w2["weight"],
-            num_experts=experts,
-            top_k=self.config.top_k,
-            intermediate_size=self.intermediate_size,
-            local_expert_offset=0,
-            local_num_experts=experts,
-            activation_type=import_flashinfer().fused_moe.ActivationType.Swiglu,
-            **self._quantized(x, w13, w2),
-            **routing,
-        )
-        out = out[0] if isinstance(out, list | tuple) else out
-        return out[:, : self.config.hidden_size]
-
-    def _entry(self, *, routed: bool) -> Any:
-        fused_moe = import_flashinfer().fused_moe
-        routed_moe = "routed_moe" if routed else "moe"
-        if isinstance(self.scheme, NVFP4):
-            return getattr(fused_moe, f"trtllm_fp4_block_scale_{routed_moe}")
-        scales = "per_channel" if self.scheme.activation == "per_token" else "per_tensor"
-        return getattr(fused_moe, f"trtllm_fp8_{scales}_scale_{routed_moe}")
-
-    def _quantized(self, x: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> dict[str, Any]:
-        """Activations and scales. Static: up is scaled by 1 / input_scale of w2 too, since the first product writes
-        codes of the second one's input."""
-        up_scale = w13["up_scale"]
-        if "encode" in w2:
-            up_scale = up_scale * w2["encode"]
-        elif "input_scale" in w2:
-            up_scale = up_scale / w2["input_scale"]
-        scalars = up_scale, w13["gate_scale"], w2["out_scale"]
-        if isinstance(self.scheme, NVFP4):
-            named = dict(zip(SCALARS, scalars, strict=True))
-            return named | self._nvfp4_activations(x, w13) | self._nvfp4_weights(w13, w2)
-        codes, scale = fp8_codes(x, self.scheme.activation, w13.get("input_scale"))
-        arguments = {"hidden_states": codes, "use_routing_scales_on_input": False}
-        if self.scheme.activation == "static":
-            return arguments | dict(zip(PER_TENSOR_SCALARS, scalars, strict=True))
-        arguments |= {"gemm1_per_channel_weight_scale": w13["row_scale"], "hidden_states_scale": scale.view(-1, 1)}
-        arguments["gemm2_per_channel_weight_scale"] = w2["row_scale"]
-        return arguments | dict(zip(SCALARS, scalars, strict=True))
-
-    def _nvfp4_activations(self, x: Tensor, w13: dict[str, Tensor]) -> dict[str, Any]:
-        codes, scales, token_scale = quantize_nvfp4(x, w13.get("encode"), "linear", self.capability)
-        arguments = {
-            "hidden_states": codes,
-            "hidden_states_scale": scales.view(torch.float8_e4m3fn).reshape(len(x), -1),
-            "per_token_scale": token_scale,
-        }
-        assert self.capability.flashinfer is not None
-        if self.capability.flashinfer.declares_scale_layout:
-            arguments["hidden_states_scale_layout"] = import_flashinfer().SfLayout.layout_linear
-        return arguments
-
-    def _nvfp4_weights(self, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> dict[str, Any]:
-        unused = ("gemm1_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "gemm2_bias")
-        scales = {"gemm1_weights_scale": w13["block_scale"], "gemm2_weights_scale": w2["block_scale"]}
-        return scales | dict.fromkeys(unused)
-
-    def run_unguarded(
-        self,
-        x: Tensor,
-        logits: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        w13: dict[str, Tensor],
-        w2: dict[str, Tensor],
-    ) -> Tensor:
-        """What the self-check runs under tactics of its choice."""
-        return self._run(x, ids, weights, w13, w2)
-
-    def trial(self, tokens: int) -> Trial:
-        """A random layer and tokens, and the float32 reference of it."""
-        return make_trial(self, tokens)
+    def run_random(self, x: Tensor, logits: Tensor, w13: Packed, w2: Packed) -> Tensor:
+        return self._run(x, *route(logits, self.config), w13, w2)
 
 
-class FlashInferTrtllm(FlashInferTrtllmRouted):
+class FlashInferTrtllm(TrtllmRunner):
     """Routing in the kernel, whose weights are BF16; it writes down which experts it chose."""
 
     name: ClassVar[str] = "flashinfer_trtllm"
@@ -213,8 +165,11 @@ class FlashInferTrtllm(FlashInferTrtllmRouted):
             return "with per-token FP8 the kernel does not tell which experts it chose"
         return reason or (None if routing_method(config) else "the kernel has no such router")
 
+    def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: Packed, w2: Packed) -> Tensor:
+        raise AssertionError("this runner routes by itself: apply_logits")
+
     def apply_logits(
-        self, x: Tensor, logits: Tensor, bias: Tensor | None, w13: dict[str, Tensor], w2: dict[str, Tensor]
+        self, x: Tensor, logits: Tensor, bias: Tensor | None, w13: Packed, w2: Packed
     ) -> tuple[Tensor, Tensor]:
         """x [num_tokens, hidden_size], logits [num_tokens, num_experts], the choice's bias [num_experts] or None ->
         the layer's output, and the chosen experts int16 [num_tokens, top_k]."""
@@ -222,43 +177,22 @@ class FlashInferTrtllm(FlashInferTrtllmRouted):
         if not len(x):
             return x, ids
         with self.guard.serving(len(x)):
-            return self._run_logits(x, logits, bias, w13, w2, ids), ids
+            return self._run(x, logits, bias, w13, w2, ids), ids
 
-    def _run_logits(
-        self, x: Tensor, logits: Tensor, bias: Tensor | None, w13: dict[str, Tensor], w2: dict[str, Tensor], ids: Tensor
-    ) -> Tensor:
+    def _run(self, x: Tensor, logits: Tensor, bias: Tensor | None, w13: Packed, w2: Packed, ids: Tensor) -> Tensor:
         config, method = self.config, routing_method(self.config)
         assert method is not None
-        grouped = method == "DeepSeekV3"
-        if grouped and bias is None:
-            bias = logits.new_zeros(config.num_experts, dtype=torch.float32)
-        return self._call(
-            self._entry(routed=False),
-            x,
-            w13,
-            w2,
-            routing_logits=logits.float().contiguous(),
-            routing_bias=bias,
-            n_group=config.n_group if grouped else None,
-            topk_group=config.topk_group if grouped else None,
-            routed_scaling_factor=config.routed_scaling_factor if grouped else None,
-            routing_method_type=import_flashinfer().fused_moe.RoutingMethodType[method],
-            routing_replay_out=ids,
-        )
+        routing: dict[str, Any] = {"routing_logits": logits.float().contiguous(), "routing_replay_out": ids}
+        routing["routing_method_type"] = import_flashinfer().fused_moe.RoutingMethodType[method]
+        if method == "DeepSeekV3":
+            routing["routing_bias"] = logits.new_zeros(config.num_experts).float() if bias is None else bias
+            routing |= {"n_group": config.n_group, "topk_group": config.topk_group}
+            routing["routed_scaling_factor"] = config.routed_scaling_factor
+        return self._call(x, w13, w2, **routing)
 
-    def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        raise AssertionError("this runner routes by itself: apply_logits")
-
-    def run_unguarded(
-        self,
-        x: Tensor,
-        logits: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        w13: dict[str, Tensor],
-        w2: dict[str, Tensor],
-    ) -> Tensor:
-        return self._run_logits(x, logits, None, w13, w2, ids.short())
+    def run_random(self, x: Tensor, logits: Tensor, w13: Packed, w2: Packed) -> Tensor:
+        ids = torch.empty(len(x), self.config.top_k, dtype=torch.int16, device=x.device)
+        return self._run(x, logits, None, w13, w2, ids)
 
 
 def pack_choices(ids: Tensor, weights: Tensor) -> Tensor:

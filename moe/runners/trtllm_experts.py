@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...quant import FP8, NVFP4, Scheme, TensorSpec, WeightShape, layout
-from ...quant.flashinfer_api.tactics import TacticGuard
+from ...quant.flashinfer_api.guard import TacticGuard
 from ...quant.scheme import GROUP_SIZE, Stored
 
 SIZE_MULTIPLE = 128

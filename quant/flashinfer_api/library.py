@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import logging
 from functools import cache
 from types import ModuleType
 from typing import Any, get_args
 
 import torch
 from msgspec import Struct
-
-log = logging.getLogger("rollmill")
 
 
 class FlashInfer(Struct, frozen=True):
@@ -32,14 +30,18 @@ class FlashInfer(Struct, frozen=True):
 
 
 @cache
-def find_flashinfer() -> FlashInfer | None:
-    """The installed FlashInfer; None without one, or where it cannot be imported, which is logged."""
+def find_flashinfer() -> tuple[FlashInfer | None, str]:
+    """The installed FlashInfer, or None and why it cannot be used."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return None, "flashinfer is not installed"
     try:
         import flashinfer
     except ImportError as error:
-        log.warning("flashinfer cannot be imported: %s", error)
-        return None
-    return describe(flashinfer)
+        return None, f"flashinfer cannot be imported: {error}"
+    try:
+        return describe(flashinfer), ""
+    except AttributeError as error:
+        return None, f"flashinfer {flashinfer.__version__} is too old: {error}"
 
 
 def import_flashinfer() -> Any:
@@ -64,6 +66,7 @@ def describe(flashinfer: ModuleType) -> FlashInfer:
     )
 
 
+@cache
 def takes_pairs(routed_moe: object) -> bool:
     """Whether `topk_ids` of a routed MoE entry may be a pair (ids, weights)."""
     annotation = inspect.signature(routed_moe).parameters["topk_ids"].annotation  # pyright: ignore[reportArgumentType]

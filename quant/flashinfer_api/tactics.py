@@ -1,27 +1,17 @@
-"""Which of FlashInfer's tactics serves: checked against the reference, and the same on every rank and start.
-
-FlashInfer picks tactics by timing, or takes a fallback, and some of them have been wrong (`KNOWN_BAD`). Here a tactic
-serves a number of tokens once it has computed a random product of the very shape as the reference does.
-"""
+"""FlashInfer's tactics: which a product has, and running it with one of them."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from threading import RLock
 from typing import Any
 
-import torch
 from msgspec import Struct
 from torch import Tensor
 
 from ..errors import UnsupportedError
-
-log = logging.getLogger("rollmill")
 
 
 class Tactic(Struct, frozen=True):
@@ -38,134 +28,6 @@ class Tactic(Struct, frozen=True):
         return self.value == -1
 
 
-class KnownBad(Struct, frozen=True):
-    """Tactics that are never tried, and where that is told."""
-
-    source: str
-    what: str
-    holds: Callable[[Tactic, int], bool]  # (tactic, number of tokens)
-
-
-class Trial(Struct, frozen=True):
-    """One product on random numbers: what runs it, and what it should give, float32 of the same shape.
-
-    `rms` and `largest` bound a row's error: its norm over the row's norm, its largest element over the row's largest.
-    """
-
-    run: Callable[[], Tensor]
-    expected: Tensor
-    rms: float
-    largest: float
-
-    def fault(self) -> str | None:
-        """What is wrong with the result, or None."""
-        got = self.run().float()
-        if got.shape != self.expected.shape:
-            return f"gave {list(got.shape)}, not {list(self.expected.shape)}"
-        finite = got.isfinite().all(-1)
-        if not bool(finite.all()):
-            return f"not finite in {int((~finite).sum())} of {len(got)} rows"
-        error = got - self.expected
-        tiny = torch.finfo(torch.float32).tiny
-        rms = (error.norm(dim=-1) / self.expected.norm(dim=-1).clamp(min=tiny)).max().item()
-        largest = (error.abs().amax(-1) / self.expected.abs().amax(-1).clamp(min=tiny)).max().item()
-        if rms > self.rms or largest > self.largest:
-            return f"off by {rms:.2%} of a row's norm and {largest:.2%} of its largest value"
-        return None
-
-
-class Served(Struct, frozen=True):
-    """What the check found for up to `tokens` tokens: one line of `rollmill inspect --kernels`."""
-
-    product: str
-    tokens: int
-    tactic: str
-    refused: tuple[str, ...]
-    seconds: float
-
-
-class TacticGuard:
-    """Of one product (a kernel over one shape): the tactic that serves each number of tokens.
-
-    Tokens go by powers of two; a tactic serves the numbers above one and up to the next once it was right at both ends.
-    `trial(tokens)` makes a product of that many. A number that was not prepared is checked when it first comes, which
-    takes a while, and cannot be while a CUDA graph is captured.
-    """
-
-    def __init__(self, product: str, trial: Callable[[int], Trial], known_bad: Sequence[KnownBad] = ()) -> None:
-        self.product, self.trial, self.known_bad = product, trial, tuple(known_bad)
-        self.served: dict[int, Served] = {}
-        self._tactics: dict[int, Tactic] = {}
-        self._lock = RLock()
-
-    def prepare(self, num_tokens: int) -> Served:
-        """Choose the tactic for this many tokens; `UnsupportedError` names every one that was refused, and why."""
-        bucket = bucket_of(num_tokens)
-        with self._lock:
-            if bucket not in self.served:
-                self._choose(bucket)
-            return self.served[bucket]
-
-    @contextmanager
-    def serving(self, num_tokens: int) -> Iterator[None]:
-        """Within, FlashInfer runs the tactic chosen for this many tokens."""
-        if _FORCED.get() is not None:  # a trial of this very product
-            yield
-            return
-        self.prepare(num_tokens)
-        with forced(self._tactics[bucket_of(num_tokens)]):
-            yield
-
-    def _choose(self, bucket: int) -> None:
-        start, refused = time.perf_counter(), []
-        trials = [self.trial(tokens) for tokens in sorted({bucket // 2 + 1, bucket}, reverse=True)]
-        for tactic in offered(trials[0].run):
-            why = self._refuse(tactic, bucket, trials)
-            if why is None:
-                seconds = time.perf_counter() - start
-                self._tactics[bucket] = tactic
-                self.served[bucket] = Served(self.product, bucket, str(tactic), tuple(refused), seconds)
-                log.info("%s, up to %d tokens: %s (%.1f s)", self.product, bucket, tactic, seconds)
-                return
-            refused.append(f"{tactic}: {why}")
-            log.warning("%s, up to %d tokens: refused %s", self.product, bucket, refused[-1])
-        raise UnsupportedError(f"no tactic of FlashInfer computes {self.product} for {bucket} tokens", refused)
-
-    def _refuse(self, tactic: Tactic, bucket: int, trials: Sequence[Trial]) -> str | None:
-        for known in self.known_bad:
-            if known.holds(tactic, bucket):
-                return f"{known.what} ({known.source})"
-        for trial in trials:
-            try:
-                with forced(tactic):
-                    fault = trial.fault()
-            except (RuntimeError, ValueError) as error:  # what the library raises for a tactic that cannot
-                fault = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if fault is not None:
-                return f"{fault}, at {len(trial.expected)} tokens"
-        return None
-
-
-_GUARDS: dict[Hashable, TacticGuard] = {}
-
-
-def shared_guard(key: Hashable, make: Callable[[], TacticGuard]) -> TacticGuard:
-    """One guard for all layers that compute the same product on the same device."""
-    if key not in _GUARDS:
-        _GUARDS[key] = make()
-    return _GUARDS[key]
-
-
-def forget_guards() -> None:
-    """Check everything anew."""
-    _GUARDS.clear()
-
-
-def bucket_of(num_tokens: int) -> int:
-    """The power of two that this many tokens fit in."""
-    return 1 << (num_tokens - 1).bit_length()
-
-
 _FORCED: ContextVar[Tactic | None] = ContextVar("tactic", default=None)
 _OFFERED: ContextVar[list[Tactic] | None] = ContextVar("offered", default=None)
 
@@ -179,6 +41,11 @@ def forced(tactic: Tactic) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+def forced_tactic() -> Tactic | None:
+    """The one that products run at the moment."""
+    return _FORCED.get()
 
 
 class _Collected(Exception):

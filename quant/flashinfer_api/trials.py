@@ -9,6 +9,7 @@ from ..scheme import Scheme, WeightShape
 
 SEED = 0x5EED
 WEIGHT_STD = 0.03
+INPUT_AMAX = 8.0  # nothing of `random_input` lies beyond, in all likelihood
 
 
 def random_stored(scheme: Scheme, shape: WeightShape, device: torch.device, input_amax: float) -> dict[str, Tensor]:

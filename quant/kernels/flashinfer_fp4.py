@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,9 +19,9 @@ from .. import layout
 from ..device import Capability
 from ..errors import UnsupportedError
 from ..flashinfer_api.activation import quantize_nvfp4
+from ..flashinfer_api.guard import Bench, TacticGuard, Trial, shared_guard
 from ..flashinfer_api.library import import_flashinfer
-from ..flashinfer_api.tactics import TacticGuard, Trial, shared_guard
-from ..flashinfer_api.trials import random_input, random_stored
+from ..flashinfer_api.trials import INPUT_AMAX, random_input, random_stored
 from ..scheme import GROUP_SIZE, NVFP4, Scheme, Stored, TensorSpec, WeightShape
 from .reference import ReferenceKernel
 
@@ -46,8 +47,9 @@ class FlashInferFP4:
         self.rows = _ceil(shape.num_rows, self.row_multiple)
         self.cols = _ceil(shape.cols, self.col_multiple)
         product = f"{self.name} nvfp4 {scheme.activation} [{shape.num_rows}, {shape.cols}]"
+        make = partial(type(self).make_bench, scheme, shape.unit, dtype, capability)
         key = (self.name, scheme, shape.unit, capability)
-        self.guard = shared_guard(key, lambda: TacticGuard(product, self.trial))
+        self.guard = shared_guard(key, lambda: TacticGuard(product, make))
 
     @classmethod
     def unsupported(cls, scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
@@ -58,7 +60,7 @@ class FlashInferFP4:
         if capability.sm not in cls.sms:
             return f"runs on {', '.join(f'sm{sm}' for sm in cls.sms)}, this is {capability}"
         if capability.flashinfer is None:
-            return "flashinfer is not installed"
+            return capability.no_flashinfer
         if dtype != torch.bfloat16:
             return f"gives BF16 results, not {dtype}"
         return cls._no_row_alpha(capability) if scheme.activation == "per_token" else None
@@ -138,17 +140,22 @@ class FlashInferFP4:
         )
         return out[:, : self.shape.num_rows]
 
-    def trial(self, tokens: int) -> Trial:
-        """A random product, and the float32 reference of it."""
-        device, unit = self.capability.device, self.shape.unit
+    @classmethod
+    def make_bench(cls, scheme: Scheme, unit: WeightShape, dtype: torch.dtype, capability: Capability) -> Bench:
+        """Random weights, and what makes a product with them: beside the float32 reference of it."""
         assert unit.cols is not None
-        x = random_input(tokens, unit.cols, device)
-        stored = random_stored(self.scheme, unit, device, x.abs().max().item())
-        kernel = type(self)(self.scheme, unit, self.dtype, self.capability)
-        packed = kernel.prepare({key: stored[key] for key in self.scheme.matrices(unit)})
-        packed |= kernel.derive({key: stored[key] for key in self.scheme.scales(unit)})
-        expected = ReferenceKernel(self.scheme, unit, torch.float32, self.capability).apply(x, stored)
-        return Trial(lambda: kernel._multiply(x, packed), expected, rms=2**-8, largest=2**-7)
+        cols, device = unit.cols, capability.device
+        stored = random_stored(scheme, unit, device, INPUT_AMAX)
+        kernel = cls(scheme, unit, dtype, capability)
+        packed = kernel.prepare({key: stored[key] for key in scheme.matrices(unit)})
+        packed |= kernel.derive({key: stored[key] for key in scheme.scales(unit)})
+        reference = ReferenceKernel(scheme, unit, torch.float32, capability)
+
+        def trial(tokens: int) -> Trial:
+            x = random_input(tokens, cols, device)
+            return Trial(partial(kernel._multiply, x, packed), reference.apply(x, stored), error=0.01)
+
+        return trial
 
 
 class FlashInferTrtllm(FlashInferFP4):

@@ -38,7 +38,7 @@ class FlashInferFP8:
         if capability.sm is None or capability.sm < 89:
             return f"FP8 tensor cores start at sm89, this is {capability}"
         if capability.flashinfer is None:
-            return "flashinfer is not installed"
+            return capability.no_flashinfer
         if dtype != torch.bfloat16:
             return f"gives BF16 results, not {dtype}"
         return None

@@ -8,17 +8,17 @@ from kernel_models.library import ModelLibrary
 from torch import Tensor
 
 from rollmill.quant import Capability, Scheme, WeightShape
-from rollmill.quant.flashinfer_api import tactics
+from rollmill.quant.flashinfer_api import guard, tactics
 from rollmill.quant.flashinfer_api.library import describe
 
 
 @pytest.fixture(autouse=True)
 def fresh_guards():
     """No test knows what another one checked."""
-    tactics.forget_guards()
+    guard.forget_guards()
     tactics.install_chooser.cache_clear()
     yield
-    tactics.forget_guards()
+    guard.forget_guards()
     tactics.install_chooser.cache_clear()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from types import ModuleType
 from typing import get_args
 
@@ -15,7 +17,7 @@ from flashinfer.fused_moe import core  # noqa: E402
 
 from rollmill.moe import MoeConfig  # noqa: E402
 from rollmill.moe.runners.flashinfer_trtllm import routing_method  # noqa: E402
-from rollmill.quant import FP4_BACKENDS, layout  # noqa: E402
+from rollmill.quant import FP4_BACKENDS, NVFP4, WeightShape, describe_device, layout  # noqa: E402
 from rollmill.quant.flashinfer_api.library import describe, find_flashinfer  # noqa: E402
 
 FACTS = {  # version -> row_alpha, routing_pairs, declares_scale_layout, fp8_per_tensor_routed, fp8_per_channel
@@ -25,7 +27,8 @@ FACTS = {  # version -> row_alpha, routing_pairs, declares_scale_layout, fp8_per
 
 
 def test_features_of_the_versions_that_we_know():
-    found = find_flashinfer()
+    found, reason = find_flashinfer()
+    assert reason == ""
     features = found.row_alpha, found.routing_pairs, found.declares_scale_layout
     assert FACTS[flashinfer.__version__] == (*features, found.fp8_per_tensor_routed, found.fp8_per_channel)
     assert describe(flashinfer) == found
@@ -42,7 +45,7 @@ def test_an_alpha_a_row_is_what_the_library_itself_accepts():
         check(codes, weight, scales, scales, alpha, backend="cute-dsl")
     except ValueError:
         accepts = False
-    assert accepts == find_flashinfer().row_alpha
+    assert accepts == describe(flashinfer).row_alpha
 
 
 def test_an_unknown_library_is_described_by_its_signatures():
@@ -53,6 +56,30 @@ def test_an_unknown_library_is_described_by_its_signatures():
     found = describe(module)
     assert (found.row_alpha, found.routing_pairs, found.declares_scale_layout) == (True, False, False)
     assert (found.fp8_per_tensor_routed, found.fp8_per_channel) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [(lambda: ModuleType("flashinfer"), "is too old"), (lambda: None, "cannot be imported")],
+    ids=["old", "broken"],
+)
+def test_a_library_that_cannot_be_used_says_why(made, words, monkeypatch):
+    """Kernels without it go on: nothing is raised."""
+    module = made()
+    if module is not None:
+        module.__version__ = "0.2"
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    find_flashinfer.cache_clear()
+    try:
+        found, reason = find_flashinfer()
+        capability = describe_device(torch.device("meta"), 100)
+    finally:
+        find_flashinfer.cache_clear()
+    assert found is None
+    assert words in reason
+    kernel = FP4_BACKENDS["trtllm"]
+    assert words in kernel.unsupported(NVFP4("static"), WeightShape((64,), 64), torch.bfloat16, capability)
 
 
 @pytest.mark.parametrize("backend", FP4_BACKENDS)

@@ -46,7 +46,7 @@ class FlashInferAttention:
         if capability.sm is None or capability.sm < 80:
             return f"runs on sm80 and later, this is {capability}"
         if capability.flashinfer is None:
-            return "flashinfer is not installed"
+            return capability.no_flashinfer
         if dtype not in (torch.bfloat16, torch.float16):
             return f"computes in bfloat16 and float16, not {dtype}"
         for spec in specs:
