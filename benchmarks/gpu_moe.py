@@ -1,10 +1,10 @@
 """One layer of routed experts of Qwen3-30B-A3B's shape on a GPU: FP8 and NVFP4 W4A16, in a CUDA graph.
 
-    python benchmarks/gpu_moe.py [--sweep TOKENS ...] [--once TOKENS ...]
+    python benchmarks/gpu_moe.py [--peers] [--sweep TOKENS ...] [--once TOKENS ...]
 
 Limit: the bytes of the experts that are touched at the rate of a copy, or the multiplications at the GPU's measured
-peak, whichever takes longer. `--sweep` times the products alone over tiles, to fill the runner's tables; `--once`
-launches every product once, for a profiler to look at.
+peak, whichever takes longer. `--peers` times SGLang and vLLM beside it (see peers_moe.py). `--sweep` times the products
+alone over tiles, to fill the runner's tables; `--once` launches every product once, for a profiler to look at.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from gpu_quantize import copy_rate, graphed
+from peers_moe import CANDIDATES, Peer, Tile, compile_candidates, find_peers
 from record import make_result, save
 from torch import Tensor
 
@@ -32,6 +34,7 @@ PEAK = {
     "nvfp4_twin": 733e12,
 }  # measured on this GPU: `_scaled_mm` and BF16 products of 8192^3
 BATCHES = (1, 32, 128, 256, 1024, 4096, 16384)
+TUNED = (32, 128, 256, 16384)  # numbers of tokens at which peers get the best of some tiles, too
 
 
 class Layer:
@@ -40,9 +43,11 @@ class Layer:
     def __init__(self, scheme: Scheme) -> None:
         self.runner = TritonRunner(CONFIG, scheme, find_capability("cuda"), torch.bfloat16)
         self.packed: list[dict[str, Tensor]] = []
+        self.stored: list[dict[str, Tensor]] = []
         self.scheme = scheme
         for shape, kernel in zip(expert_shapes(CONFIG), (self.runner.w13, self.runner.w2), strict=True):
             stored = scheme.quantize((torch.randn(shape.matrix, device="cuda") * 0.03).bfloat16(), shape)
+            self.stored.append(stored)
             matrices = {key: stored[key] for key in scheme.matrices(shape)}
             self.packed.append(kernel.prepare(matrices) | kernel.derive({k: stored[k] for k in scheme.scales(shape)}))
 
@@ -68,12 +73,46 @@ def check(layer: Layer, name: str) -> None:
     assert bool(torch.isfinite(out).all()), name
 
 
-def bench() -> None:
+def beside(peers: list[Peer], layer: Layer, tokens: int) -> dict[str, float]:
+    """Microseconds of every peer's layer on the same tokens: with its default tile, and with the best of some."""
+    x, ids, weights = asked(tokens)
+    ours, ids = layer.runner.apply(x, ids, weights, *layer.packed), ids.int()
+    found: dict[str, float] = {}
+    for peer in peers:
+        theirs = peer.call(x, ids, weights)
+        error = float((theirs.float() - ours.float()).norm() / ours.float().norm())
+        assert error < 0.02, f"{peer.name} computes something else: {error}"
+        found[f"{peer.name}, default tile" if peer.tune else peer.name] = micros_of(peer, None, tokens)
+        if peer.tune is not None and tokens in TUNED:
+            micros = {i: micros_of(peer, tile, tokens) for i, tile in enumerate(CANDIDATES[tokens > 1024])}
+            best = min(micros, key=lambda i: micros[i])
+            found[f"{peer.name}, best tile of {len(micros)}"] = micros[best]
+            print(peer.name, tokens, micros[best], CANDIDATES[tokens > 1024][best], flush=True)
+    return found
+
+
+def micros_of(peer: Peer, tile: Tile | None, tokens: int) -> float:
+    x, ids, weights = asked(tokens)
+    ids = ids.int()
+    try:
+        with peer.tune(tile) if peer.tune else nullcontext():
+            return graphed([lambda: peer.call(x, ids, weights)] * 4, repeats=9) * 1e6
+    except Exception as error:  # a tile that does not fit
+        if tile is None:
+            raise
+        print("failed", peer.name, tile, f"{error!r:.80}", flush=True)
+        return float("inf")
+
+
+def bench(*, with_peers: bool) -> None:
     copy = copy_rate()
+    if with_peers:
+        compile_candidates()
     results = []
     for name, scheme in SCHEMES.items():
         layer = Layer(scheme)
         check(layer, name)
+        peers = find_peers(name, layer.stored) if with_peers else []
         for tokens in BATCHES:
             x, ids, weights = asked(tokens)
             touched = int(ids.unique().numel())
@@ -85,7 +124,11 @@ def bench() -> None:
             products = products_micros(layer, tokens, ids)
             bound = "copy rate" if moved / copy > operations / PEAK[name] else "peak"
             note = f"{touched} experts; {limit / micros:.0%} of the {bound}; products alone {products:.0f} us"
-            results.append(make_result(f"moe_{name}_m{tokens}_us", micros, "us", limit=limit, note=note))
+            others = beside(peers, layer, tokens)
+            note += "".join(f"; {peer} {us:.0f}" for peer, us in others.items())
+            best = min(others, key=lambda peer: others[peer]) if others else None
+            figure = {"limit": limit, "peer": others.get(best or ""), "peer_name": best, "note": note}
+            results.append(make_result(f"moe_{name}_m{tokens}_us", micros, "us", **figure))
             print(results[-1].name, f"{micros:.0f} us, limit {limit:.0f};", note, flush=True)
     save("gpu_moe", results)
 
@@ -171,10 +214,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", type=int, nargs="+")
     parser.add_argument("--once", type=int, nargs="+")
+    parser.add_argument("--peers", action="store_true")
     arguments = parser.parse_args()
     if arguments.sweep:
         sweep(arguments.sweep)
     elif arguments.once:
         once(arguments.once)
     else:
-        bench()
+        bench(with_peers=arguments.peers)

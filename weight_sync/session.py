@@ -95,10 +95,10 @@ class WeightSession:
         self._adapter = adapter
         self.receive(self.served.master.pairs(slots, adapter))
 
-    @torch.no_grad()
     def _take(self, name: str, value: Tensor) -> None:
         self._tensors += 1
         self._bytes_in += value.nbytes
+        value = value.detach()
         name = with_prefix(name, self.prefix)
         why = self.served.plan.why_ignored(name)
         if why is not None:

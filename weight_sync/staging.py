@@ -114,7 +114,7 @@ class SlotStaging:
         target = pending.matrices[tensor][rows]
         self._check_dtype(name, value, pending.form)
         check_shape(name, value, tuple(target.shape))
-        target.copy_(value.reshape(target.shape))
+        target.copy_(value if value.shape == target.shape else value.reshape(target.shape))
         if self.runs[unit].count > 1:
             pending.unchecked.append((name, target))  # one look at many spares a GPU's waiting
             return
