@@ -78,7 +78,7 @@ def _env(arguments: argparse.Namespace) -> None:
         return
     table = Table()
     for column in columns:
-        table.add_column(column, no_wrap=column in ("name", "possible"), overflow="fold")
+        table.add_column(column, no_wrap=column == "name", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table, markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -10,11 +10,13 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 import torch
 
-from ..quant import UnsupportedError, WeightSlot, clipping_shares
+from ..quant import Capability, UnsupportedError, WeightSlot, clipping_shares, find_capability
 from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession
 from .checkpoint import is_diffusers
 from .config import EngineConfig
+from .env import pin_nvfp4_recipe
 from .errors import ClosedError, RequestError
+from .prewarm import prewarm
 from .step_gate import StepGate
 
 SleepTag = Literal["weights", "kv_cache"]
@@ -38,11 +40,19 @@ class Engine:
         if self.config.tp != 1 or self.config.ep != 1:
             raise UnsupportedError(f"tp={self.config.tp}, ep={self.config.ep}", ["only tp=1 and ep=1 are built"])
 
-    def _load(self, plan: SyncPlan, source: Source, warnings: Sequence[str]) -> None:
-        """The cold load: the first swap of a new policy."""
+    def _find_device(self) -> Capability:
+        """The device that the config asks for, and FlashInfer set up to compute as our reference does."""
+        capability = find_capability(self.config.device)
+        if capability.flashinfer is not None:
+            pin_nvfp4_recipe()
+        return capability
+
+    def _load(self, plan: SyncPlan, source: Source, warnings: Sequence[str], checked_tokens: Iterable[int]) -> None:
+        """The cold load: the first swap of a new policy. Then kernels are built and checked for these many tokens."""
         self._policy = Policy(plan, self.config.swap, self.config.master)
         report = self._policy.update(source, None)
         self.load_report = msgspec.structs.replace(report, warnings=(*warnings, *report.warnings))
+        self.self_checks = prewarm(plan.slots, checked_tokens)
 
     def generate(self, prompts: Any, params: Any = None) -> list[Any]:
         """Sample from the policy: `LanguageEngine.generate`, `DiffusionEngine.generate`."""

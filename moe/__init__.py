@@ -4,7 +4,7 @@ from .activation import gated_activation
 from .config import MoeConfig
 from .experts import RoutedExperts
 from .routing import route, sigmoid
-from .runner import MOE_RUNNERS, MoeRunner, select_runner
+from .runner import MOE_RUNNERS, MoeRunner, judge_runners, select_runner
 
 __all__ = [
     "MOE_RUNNERS",
@@ -12,6 +12,7 @@ __all__ = [
     "MoeRunner",
     "RoutedExperts",
     "gated_activation",
+    "judge_runners",
     "route",
     "select_runner",
     "sigmoid",

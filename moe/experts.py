@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from ..quant import Capability, JoinedLayout, Plain, Scheme, WeightShape, WeightSlot
 from ..quant.kernels.plain import PlainKernel
 from .config import MoeConfig
-from .runner import select_runner
+from .routing import route
+from .runner import RoutingRunner, select_runner
 
 
 class RoutedExperts:
@@ -37,7 +39,7 @@ class RoutedExperts:
         joined: JoinedLayout | None = None,
     ) -> None:
         gate, up, down = projections
-        experts = range(config.num_experts)
+        self.config, experts = config, range(config.num_experts)
         joined = joined or JoinedLayout()
         if runner == "auto" and linear_kernel != "auto":
             runner = "reference"  # the one that is made of linear kernels
@@ -70,10 +72,21 @@ class RoutedExperts:
         for served, bias in zip(self._served, self.biases, strict=False):
             served |= bias.tensors
         self.runner.watch_w2 = self.w2.watch
+        if not self.runner.shows_w2:
+            self.w2.meter = None  # it would count nothing, which reads as if nothing were clipped
 
     @property
     def slots(self) -> list[WeightSlot]:
         return [self.w13, self.w2, *self.biases]
+
+    def dispatch(self, x: Tensor, logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [num_tokens, hidden_size], router logits [num_tokens, num_experts], bias of the choice or None ->
+        [num_tokens, hidden_size], and the ids of the chosen experts [num_tokens, top_k]."""
+        if not self.runner.routes:
+            ids, weights = route(logits, self.config, bias)
+            return self(x, ids, weights), ids
+        self.w13.watch(x)
+        return cast(RoutingRunner, self.runner).apply_logits(x, logits, bias, *self._served)
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size]."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ..quant import Capability, Scheme, UnsupportedError, WeightShape
+from ..quant.kernel import log_choice
 from ..quant.slot import Packer
 from .config import MoeConfig
+from .runners.flashinfer_trtllm import FlashInferTrtllm, FlashInferTrtllmRouted
 from .runners.reference import ReferenceRunner
 from .runners.triton import TritonRunner
 
@@ -24,10 +26,13 @@ class ExpertPacker(Packer, Protocol):
 class MoeRunner(Protocol):
     """A runner bound to a config, scheme and dtype; `w13` and `w2` say how its slots are packed.
 
-    It shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections; the layer sees that of w13.
+    With `shows_w2` it shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections; the layer
+    sees that of w13. With `routes` it chooses the experts itself: it has `apply_logits` in place of `apply`.
     """
 
     name: ClassVar[str]
+    routes: ClassVar[bool]
+    shows_w2: ClassVar[bool]
     watch_w2: Callable[[Tensor], None]
 
     @property
@@ -57,7 +62,18 @@ class MoeRunner(Protocol):
         ...
 
 
-MOE_RUNNERS: tuple[type[MoeRunner], ...] = (TritonRunner, ReferenceRunner)
+class RoutingRunner(MoeRunner, Protocol):
+    """A runner that routes."""
+
+    def apply_logits(
+        self, x: Tensor, logits: Tensor, bias: Tensor | None, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x [num_tokens, hidden_size], logits [num_tokens, num_experts], bias of the choice float32 [num_experts] or
+        None -> [num_tokens, hidden_size], and the chosen experts int16 [num_tokens, top_k]."""
+        ...
+
+
+MOE_RUNNERS: tuple[type[MoeRunner], ...] = (FlashInferTrtllmRouted, FlashInferTrtllm, TritonRunner, ReferenceRunner)
 
 
 def select_runner(
@@ -67,14 +83,26 @@ def select_runner(
     name: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
 ) -> type[MoeRunner]:
-    """The first runner of the order that can, or the one that was asked for; every reason if none can."""
+    """The first runner that can, or the one that was asked for; every reason if none can.
+
+    What was taken, and why nothing before it, is logged once.
+    """
     known = {runner.name: runner for runner in MOE_RUNNERS}
     if name not in ("auto", *known):
         raise UnsupportedError(f"MoE runner {name!r} is unknown", [f"known: auto, {', '.join(known)}"])
-    reasons = []
-    for runner in MOE_RUNNERS if name == "auto" else (known[name],):
-        reason = runner.unsupported(config, scheme, capability, dtype)
+    passed_over = []
+    for runner, reason in judge_runners(config, scheme, capability, dtype, tuple(known) if name == "auto" else (name,)):
         if reason is None:
+            what = f"experts in {scheme.name}, activations {scheme.activation}"
+            log_choice(what, runner.name, str(capability), *passed_over)
             return runner
-        reasons.append(f"{runner.name}: {reason}")
-    raise UnsupportedError(f"no MoE runner for {scheme.name} on {capability}", reasons)
+        passed_over.append(f"{runner.name}: {reason}")
+    raise UnsupportedError(f"no MoE runner for {scheme.name} on {capability}", passed_over)
+
+
+def judge_runners(
+    config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype, names: Sequence[str] | None = None
+) -> list[tuple[type[MoeRunner], str | None]]:
+    """(runner, why it cannot or None) for the named runners, or for all."""
+    runners = [runner for runner in MOE_RUNNERS if names is None or runner.name in names]
+    return [(runner, runner.unsupported(config, scheme, capability, dtype)) for runner in runners]

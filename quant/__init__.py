@@ -1,8 +1,9 @@
 """What is stored, what a kernel wants, and the way between."""
 
-from .device import Capability, find_capability
+from .device import Capability, describe_device, find_capability
 from .errors import ConfigError, ModelError, RollmillError, UnsupportedError
-from .kernel import LINEAR_KERNELS, LinearKernel, select_kernel
+from .kernel import LINEAR_KERNELS, LinearKernel, judge_kernels, select_kernel
+from .kernels.flashinfer_fp4 import FP4_BACKENDS
 from .kernels.gemm import matmul
 from .linear import QuantLinear, plain_slot
 from .meter import ActivationMeter, AmaxMeter, ClippingMeter, clipping_shares, reset_clipping
@@ -24,6 +25,7 @@ from .slot import JoinedLayout, WeightSlot
 
 __all__ = [
     "BF16",
+    "FP4_BACKENDS",
     "FP8",
     "LINEAR_KERNELS",
     "NVFP4",
@@ -48,7 +50,9 @@ __all__ = [
     "WeightShape",
     "WeightSlot",
     "clipping_shares",
+    "describe_device",
     "find_capability",
+    "judge_kernels",
     "make_scheme",
     "matches_any",
     "matmul",

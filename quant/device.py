@@ -8,16 +8,18 @@ import torch
 from msgspec import Struct
 
 from .errors import UnsupportedError
+from .flashinfer_api.library import FlashInfer, find_flashinfer
 
 LIBRARIES = ("flashinfer", "sgl_kernel", "triton")
 
 
 class Capability(Struct, frozen=True):
-    """One device: `sm` is 90 for Hopper, 100 for Blackwell, None for a CPU."""
+    """One device: `sm` is 90 for Hopper, 100 for Blackwell, None for a CPU. `flashinfer` is looked at for GPUs only."""
 
     device: torch.device
     sm: int | None
     libraries: tuple[str, ...]
+    flashinfer: FlashInfer | None = None
 
     def __str__(self) -> str:
         return "cpu" if self.sm is None else f"sm{self.sm}"
@@ -31,8 +33,14 @@ def find_capability(device: str = "auto") -> Capability:
         raise UnsupportedError(f"device {device!r}", ["known: auto, cpu, cuda, cuda:N"])
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(f"device {device!r} was asked for, but torch sees no GPU", ["use device='cpu'"])
+    return describe_device(torch.device(device), _sm(torch.device(device)))
+
+
+def describe_device(device: torch.device, sm: int | None) -> Capability:
+    """A device of this compute capability with the libraries that are installed here, whether it is here or not."""
     libraries = tuple(name for name in LIBRARIES if importlib.util.find_spec(name))
-    return Capability(torch.device(device), _sm(torch.device(device)), libraries)
+    flashinfer = find_flashinfer() if sm is not None and "flashinfer" in libraries else None
+    return Capability(device, sm, libraries, flashinfer)
 
 
 def _sm(device: torch.device) -> int | None:

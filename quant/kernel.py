@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar, Protocol
 
 import torch
@@ -10,6 +13,8 @@ from torch import Tensor
 from .device import Capability
 from .errors import UnsupportedError
 from .kernels.exact import ExactKernel
+from .kernels.flashinfer_fp4 import FP4_BACKENDS
+from .kernels.flashinfer_fp8 import FlashInferFP8
 from .kernels.plain import PlainKernel
 from .kernels.reference import ReferenceKernel
 from .kernels.torch_fp8 import TorchFP8Kernel, TorchFP8WeightOnly
@@ -54,9 +59,11 @@ class LinearKernel(Protocol):
 
 LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (
     PlainKernel,
-    ExactKernel,
+    *FP4_BACKENDS.values(),
     TorchFP8Kernel,
+    FlashInferFP8,
     TritonNVFP4Kernel,
+    ExactKernel,
     ReferenceKernel,
 )
 
@@ -66,7 +73,19 @@ WEIGHT_ONLY: dict[type[LinearKernel], type[LinearKernel]] = {TorchFP8Kernel: Tor
 # What `auto` walks for quantized layers. float32 is the arithmetic of proofs: `exact` sums in another order than a
 # fake-quantized trainer, which flips a rounding tie now and then. On a CPU `_scaled_mm` is some 40 times slower.
 PROOF_ORDER = ("reference",)
-SPEED_ORDER = {"cpu": ("exact", "reference"), "cuda": ("torch_fp8", "triton_nvfp4", "exact", "reference")}
+CPU_ORDER = ("exact", "reference")
+GPU_ORDER = ("torch_fp8", "triton_nvfp4", "exact", "reference")
+BLACKWELL = ("flashinfer_trtllm", "flashinfer_cute_dsl")
+NVFP4_ORDER = {100: BLACKWELL, 103: BLACKWELL, 110: ("flashinfer_auto",), 120: ("flashinfer_auto",)}
+
+log = logging.getLogger("rollmill")
+
+
+def automatic_order(dtype: torch.dtype, capability: Capability) -> tuple[str, ...]:
+    """The kernels that `auto` tries, in their order."""
+    if dtype == torch.float32:
+        return PROOF_ORDER
+    return CPU_ORDER if capability.sm is None else NVFP4_ORDER.get(capability.sm, ()) + GPU_ORDER
 
 
 def select_kernel(
@@ -74,19 +93,34 @@ def select_kernel(
 ) -> type[LinearKernel]:
     """The first kernel of the order that can, or the one that was asked for; every reason if none can.
 
-    `name` speaks of quantized layers; unquantized ones have one kernel.
+    `name` speaks of quantized layers; unquantized ones have one kernel. What was taken, and why nothing before it, is
+    logged once.
     """
     known = {kernel.name: kernel for kernel in LINEAR_KERNELS}
     if name not in ("auto", *known):
         raise UnsupportedError(f"linear kernel {name!r} is unknown", [f"known: auto, {', '.join(known)}"])
     if isinstance(scheme, Plain):
         return PlainKernel
-    automatic = PROOF_ORDER if dtype == torch.float32 else SPEED_ORDER[capability.device.type]
-    order = automatic if name == "auto" else (name,)
-    reasons = []
-    for kernel in (known[candidate] for candidate in order):
-        reason = kernel.unsupported(scheme, shape, dtype, capability)
+    order = automatic_order(dtype, capability) if name == "auto" else (name,)
+    passed_over = []
+    for kernel, reason in judge_kernels(scheme, shape, capability, dtype, order):
         if reason is None:
+            log_choice(f"{scheme.name}, activations {scheme.activation}", kernel.name, str(capability), *passed_over)
             return kernel
-        reasons.append(f"{kernel.name}: {reason}")
-    raise UnsupportedError(f"no linear kernel for {scheme.name} {list(shape.matrix)} on {capability}", reasons)
+        passed_over.append(f"{kernel.name}: {reason}")
+    raise UnsupportedError(f"no linear kernel for {scheme.name} {list(shape.matrix)} on {capability}", passed_over)
+
+
+def judge_kernels(
+    scheme: Scheme, shape: WeightShape, capability: Capability, dtype: torch.dtype, names: Sequence[str] | None = None
+) -> list[tuple[type[LinearKernel], str | None]]:
+    """(kernel, why it cannot or None) for the named kernels, or for all."""
+    known = {kernel.name: kernel for kernel in LINEAR_KERNELS}
+    kernels = [known[name] for name in (known if names is None else names)]
+    return [(kernel, kernel.unsupported(scheme, shape, dtype, capability)) for kernel in kernels]
+
+
+@cache
+def log_choice(what: str, taken: str, capability: str, *passed_over: str) -> None:
+    """Say once what serves, and why not what comes before it."""
+    log.info("%s on %s: %s%s", what, capability, taken, "".join(f"; not {reason}" for reason in passed_over))

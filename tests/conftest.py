@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_models.library import ModelLibrary
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
@@ -47,3 +49,13 @@ def expected_logits() -> Callable[[str, str], dict[str, torch.Tensor]]:
 def bf16_weights() -> Callable[[str], dict[str, torch.Tensor]]:
     """The BF16 tensors of `qwen3` or `qwen3_moe`, by checkpoint name."""
     return lambda model: load_file(LLM / model / "bf16" / "model.safetensors")
+
+
+@pytest.fixture
+def model_library(monkeypatch: pytest.MonkeyPatch) -> ModelLibrary:
+    """The installed FlashInfer on compute capability 10.0, its kernels in software; see tests/kernel_models."""
+    if importlib.util.find_spec("flashinfer") is None:
+        pytest.skip("flashinfer is not installed")
+    library = ModelLibrary(sm=100)
+    library.install(monkeypatch)
+    return library

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
+from typing import get_args
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from ...quant import Activation, ConfigError, QuantName
 from ..checkpoint import locate
 from ..dit.formats import check_layout, say
 from ..inventory import Inventory, StoredModule, StoredTensor, inspect_checkpoint
+from .inspect_kernels import show_kernels
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,16 +25,32 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Reads configs and file headers, no tensor (but for --against, and some rows where only values "
         "tell how NVFP4 lies). Modules that differ in numbers only share a row.",
     )
-    parser.add_argument("path", help="model folder, diffusion pipeline, file of diffusion weights, or hub id")
+    parser.add_argument(
+        "path", nargs="?", help="model folder, diffusion pipeline, file of diffusion weights, or hub id"
+    )
     parser.add_argument(
         "--against", metavar="BF16", help="BF16 transformer: read some NVFP4 layers in every layout and compare"
     )
     parser.add_argument("--json", action="store_true", help="every module by itself")
+    kernels = parser.add_argument_group("kernels")
+    kernels.add_argument(
+        "--kernels",
+        action="store_true",
+        help="which kernel computes which layer, and why no other; without a path for usual shapes",
+    )
+    kernels.add_argument("--sm", type=int, help="on a GPU of this compute capability, here or not (90, 100, 103, 120)")
+    kernels.add_argument("--quant", choices=get_args(QuantName), help="as EngineConfig's quant")
+    kernels.add_argument("--activation", choices=get_args(Activation), help="as EngineConfig's activation")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the inventory, or the comparison with BF16 weights."""
+    """Print the inventory, the kernels, or the comparison with BF16 weights."""
+    if arguments.kernels:
+        show_kernels(arguments)
+        return
+    if arguments.path is None:
+        raise ConfigError("inspect what? give a path, or --kernels")
     if arguments.against is not None:
         _compare(arguments)
         return

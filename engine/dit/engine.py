@@ -14,12 +14,12 @@ import torch
 from msgspec.structs import asdict, replace
 from torch import Tensor, nn
 
-from ...quant import find_capability
 from ...weight_sync import Source, SyncPlan, UpdateReport, WeightSession
 from ..config import EngineConfig
 from ..engine import Engine
 from ..env import read_toggles
 from ..errors import ConfigError, RequestError, UnsupportedError
+from ..kernel_names import read_kernel_names
 from ..schemes import SchemeResolver
 from ..step_gate import StepGate
 from .checkpoint import DiffusionCheckpoint
@@ -34,6 +34,8 @@ from .seeds import SeedSource
 from .transformer import PrecisionSwitch, Transformer
 from .turns import Turns
 
+CHECKED_TOKENS = (1, 4096)  # modulations, and 1024 x 1024 images; other numbers are checked when they first come
+
 log = logging.getLogger("rollmill")
 
 
@@ -46,7 +48,7 @@ class DiffusionEngine(Engine):
         _check_diffusion(self.config)
         toggles = read_toggles()
         self.checkpoint = checkpoint = DiffusionCheckpoint(path, self.config)
-        capability = find_capability(self.config.device)
+        capability = self._find_device()
         self.device, self.dtype = capability.device, getattr(torch, self.config.dtype)
         self._switch = PrecisionSwitch()
         self.transformers: dict[str, Transformer] = {}
@@ -61,11 +63,11 @@ class DiffusionEngine(Engine):
                 self._switch,
                 capability=capability,
                 dtype=self.dtype,
-                linear_kernel=toggles.linear_kernel or self.config.linear_kernel,
+                names=read_kernel_names(self.config, toggles),
                 dual=self.config.dual is not None,
             )
             warnings += resolver.finish()
-        self._load(self._sync_plan(), self._all_tensors(), warnings)
+        self._load(self._sync_plan(), self._all_tensors(), warnings, CHECKED_TOKENS)
         self._pipeline: Any = None
         self._rollouts: DiffusionRollouts | None = None
         self._made = threading.RLock()  # one pipeline and one loop, whichever thread asks first

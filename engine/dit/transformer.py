@@ -24,6 +24,7 @@ from ...quant import (
     WeightSlot,
 )
 from ...quant.linear import plain_slot
+from ..kernel_names import KernelNames
 from ..schemes import SchemeResolver
 from .groups import is_linear, sibling_linears
 from .slot_linear import Apply, PrecisionSwitch, SlotLinear
@@ -46,11 +47,11 @@ class Transformer:
         *,
         capability: Capability,
         dtype: torch.dtype,
-        linear_kernel: str = "auto",
+        names: KernelNames | None = None,
         dual: bool = False,
     ) -> None:
         self.name, self.config, self.resolver, self.switch = name, dict(config), resolver, switch
-        self.capability, self.dtype, self.linear_kernel, self.dual = capability, dtype, linear_kernel, dual
+        self.capability, self.dtype, self.names, self.dual = capability, dtype, names or KernelNames(), dual
         self.slots: list[WeightSlot] = []
         self.twins: dict[WeightSlot, WeightSlot] = {}
         self.module = empty_model(config)
@@ -188,7 +189,7 @@ class Transformer:
                 scheme,
                 capability=self.capability,
                 dtype=self._dtype_of(modules[0]),
-                kernel=self.linear_kernel,
+                kernel=self.names.of_linear(scheme),
                 fused=[] if fused is None else [self._full(fused)],
             )
         except UnsupportedError as error:  # of the kernel

@@ -16,6 +16,7 @@ from ...weight_sync import SyncPlan
 from ..checkpoint import Checkpoint, is_diffusers
 from ..config import EngineConfig
 from ..env import Toggles
+from ..kernel_names import KernelNames
 from ..llm.decoder import Decoder
 from ..llm.models import find_family
 from ..llm.parts import Parts
@@ -117,7 +118,9 @@ def plan_export(checkpoint: Checkpoint, quant: QuantFormat, keep: Sequence[str] 
     config = EngineConfig(quant=quant, keep=keep, activation="per_token")
     resolver = SchemeResolver(config, None, (), Toggles())
     nowhere = Capability(torch.device("meta"), None, ())
-    parts = Parts(resolver, nowhere, torch.float32, "reference", "reference")  # shapes only: nothing is computed
+    parts = Parts(
+        resolver, nowhere, torch.float32, KernelNames("reference", "reference")
+    )  # shapes only: nothing is computed
     model = Decoder(checkpoint.read_config(find_family(checkpoint.architectures)), parts)
     return make_sync_plan(model, None), resolver.finish()
 

@@ -25,6 +25,7 @@ from ..dit.formats import StoredTransformer
 from ..dit.params import DiffusionParams
 from ..dit.transformer import PrecisionSwitch, Transformer
 from ..env import Toggles
+from ..kernel_names import KernelNames
 from ..schemes import SchemeResolver
 from .building import building, check_empty
 from .diffusion_calibration import DiffusionCalibration, calibrate_diffusion
@@ -119,7 +120,7 @@ class _Export:
             PrecisionSwitch(),
             capability=nowhere,
             dtype=torch.float32,  # shapes only: nothing is computed
-            linear_kernel="reference",
+            names=KernelNames("reference"),
         )
         self.warnings = resolver.finish()
         self.plan = SyncPlan(model.slots)

@@ -11,13 +11,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ...quant import UnsupportedError, find_capability
+from ...quant import UnsupportedError
 from ..checkpoint import Checkpoint
 from ..completions import Limits, RequestMaker, each_params, group
 from ..config import EngineConfig, SamplingParams
 from ..engine import Engine, SleepTag
 from ..env import read_toggles
 from ..errors import PausedError, PoisonedError, RequestError
+from ..kernel_names import read_kernel_names
+from ..prewarm import powers_of_two
 from ..progress import show_progress
 from ..prompts import Prompts, encode_prompts
 from ..schemes import SchemeResolver
@@ -46,21 +48,17 @@ class LanguageEngine(Engine):
         toggles = read_toggles()
         self.checkpoint = checkpoint = Checkpoint(path)
         family = find_family(checkpoint.architectures)
-        capability = find_capability(self.config.device)
+        capability = self._find_device()
         resolver = SchemeResolver(self.config, checkpoint.quant_plan(), checkpoint.tensor_names, toggles)
-        parts = Parts(
-            resolver,
-            capability,
-            getattr(torch, self.config.dtype),
-            toggles.linear_kernel or self.config.linear_kernel,
-            toggles.moe_runner or self.config.moe_runner,
-        )
+        names = read_kernel_names(self.config, toggles)
+        parts = Parts(resolver, capability, getattr(torch, self.config.dtype), names)
         self._decoder_config = checkpoint.read_config(family)
         self.model = Decoder(self._decoder_config, parts, resolver.plan.kv_cache)
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
         self.device = self.model.device
-        self._load(make_sync_plan(self.model, resolver.plan.kv_cache), checkpoint.source, warnings)
+        plan = make_sync_plan(self.model, resolver.plan.kv_cache)
+        self._load(plan, checkpoint.source, warnings, powers_of_two(self.config.max_step_tokens))
         num_pages = _num_pages(self.model, self.config)
         self.rollouts = Rollouts(self.model, self._policy, num_pages, self.config)
         self._policy.commit_gate = self.rollouts.gate.visit

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...moe import RoutedExperts
 from ...quant import BF16, Capability, Plain, QuantLinear, WeightSlot, plain_slot
+from ..kernel_names import KernelNames
 from ..schemes import SchemeResolver
 from .decoder_config import DecoderConfig
 
@@ -19,11 +20,9 @@ class Parts:
         resolver: SchemeResolver,
         capability: Capability,
         dtype: torch.dtype,
-        linear_kernel: str,
-        moe_runner: str,
+        names: KernelNames,
     ) -> None:
-        self.resolver, self.capability, self.dtype = resolver, capability, dtype
-        self.linear_kernel, self.moe_runner = linear_kernel, moe_runner
+        self.resolver, self.capability, self.dtype, self.names = resolver, capability, dtype, names
         self.slots: list[WeightSlot] = []
 
     def linear(
@@ -37,14 +36,15 @@ class Parts:
     ) -> QuantLinear:
         """A linear of the named shards (module below `prefix` -> rows), fused if there are several."""
         modules = [f"{prefix}{shard}" for shard in shards]
+        scheme = self.resolver.scheme(modules)
         layer = QuantLinear(
             modules,
             list(shards.values()),
             in_features,
-            self.resolver.scheme(modules),
+            scheme,
             capability=self.capability,
             dtype=self.dtype,
-            kernel=self.linear_kernel,
+            kernel=self.names.of_linear(scheme),
             bias=bias,
             fused=None if fused is None else prefix + fused,
         )
@@ -77,8 +77,8 @@ class Parts:
             self.resolver.scheme(modules, "experts"),
             capability=self.capability,
             dtype=self.dtype,
-            runner=self.moe_runner,
-            linear_kernel=self.linear_kernel,
+            runner=self.names.moe,
+            linear_kernel=self.names.linear,
             joined=config.names.joined_experts,
         )
         self.slots += layer.slots

@@ -27,6 +27,8 @@ class ReferenceRunner:
     """
 
     name: ClassVar[str] = "reference"
+    routes: ClassVar[bool] = False
+    shows_w2: ClassVar[bool] = True
 
     def __init__(
         self,

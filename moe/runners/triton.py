@@ -112,6 +112,8 @@ class TritonRunner:
     """Sorts the pairs by expert, then gate and up with SwiGLU, then down, then the sum over a token's choices."""
 
     name: ClassVar[str] = "triton"
+    routes: ClassVar[bool] = False
+    shows_w2: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..scheme import NVFP4, Activation, Scheme
+from ..scheme import NVFP4, Activation, Scheme, has_kernels
 
 
 def quantize_activation(
@@ -32,6 +32,16 @@ def _nvfp4_encode(x: Tensor, activation: Activation, input_scale: Tensor | None)
         assert input_scale is not None
         return input_scale.reciprocal()
     return numerics.nvfp4_encode(activation_amax(x, activation))
+
+
+def fp8_codes(x: Tensor, activation: Activation, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """E4M3 codes of x [M, K] and the decode scale, one a row (float32 [M] or [M, 1]) or one for all."""
+    if has_kernels(x) and x.dtype == torch.bfloat16 and activation != "per_tensor":
+        from ..gpu.quantize import quantize_fp8
+
+        return quantize_fp8(x.contiguous(), input_scale)
+    scale = fp8_scale(x, activation, input_scale)
+    return numerics.quantize_fp8_activation(x, scale), scale
 
 
 def fp8_scale(x: Tensor, activation: Activation, input_scale: Tensor | None) -> Tensor:

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import numerics
 from ..device import Capability
 from ..errors import UnsupportedError
 from ..layout import pad_to
-from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape, has_kernels
-from .activation import fp8_scale
+from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
+from .activation import fp8_codes
 
 TILE = 16  # _scaled_mm takes multiples of 16 in N and K
 
@@ -85,7 +84,7 @@ class TorchFP8Kernel:
         if not len(x):
             return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
         x = pad_to(x, cols=TILE)
-        codes, scale = self._quantize(x, packed.get("input_scale"))
+        codes, scale = fp8_codes(x, self.scheme.activation, packed.get("input_scale"))
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             codes,
             packed["weight"].t(),
@@ -95,15 +94,6 @@ class TorchFP8Kernel:
         )
         out = out[:, : self.shape.num_rows].to(self.dtype)
         return out if bias is None else out + bias
-
-    def _quantize(self, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """E4M3 codes and decode scales of x, a scale a row or one for all."""
-        if has_kernels(x) and x.dtype == torch.bfloat16 and self.scheme.activation != "per_tensor":
-            from ..gpu.quantize import quantize_fp8
-
-            return quantize_fp8(x.contiguous(), input_scale)
-        scale = fp8_scale(x, self.scheme.activation, input_scale)
-        return numerics.quantize_fp8_activation(x, scale), scale
 
 
 class TorchFP8WeightOnly(TorchFP8Kernel):

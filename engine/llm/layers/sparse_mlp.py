@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....moe import route, sigmoid
+from ....moe import sigmoid
 from ....quant import Plain, matmul
 from ..decoder_config import DecoderConfig, SharedExpertConfig
 from ..parts import Parts
@@ -18,7 +18,7 @@ class SparseMLP:
     def __init__(self, parts: Parts, config: DecoderConfig, layer: int) -> None:
         assert config.moe is not None
         prefix = f"model.layers.{layer}.{config.names.moe_block}"
-        self.config, router = config.moe, f"{prefix}.{config.names.router}"
+        router = f"{prefix}.{config.names.router}"
         rows, self.dtype = config.moe.num_experts, torch.float32 if config.router.float32 else None
         self.gate = parts.plain(router, rows, config.hidden_size, dtype=self.dtype)
         bias = Plain(tensor="bias")
@@ -30,10 +30,9 @@ class SparseMLP:
 
     def __call__(self, x: Tensor, routed: list[Tensor] | None) -> Tensor:
         logits = matmul(x if self.dtype is None else x.to(self.dtype), self.gate, self.gate_bias)
-        ids, weights = route(logits, self.config, self.correction_bias)
+        out, ids = self.experts.dispatch(x, logits, self.correction_bias)
         if routed is not None:
             routed.append(ids)
-        out = self.experts(x, ids, weights)
         return out if self.shared is None else out + self.shared(x)
 
 
