@@ -49,6 +49,7 @@ MATMUL = {  # "i32:16": a multiple of 16, as launches find by themselves
     "end_row": "i32:16",
     "steps": "i32",
 }
+ROW = {"ROWS": 1, "BLOCK_K": 2048}
 FEW = {"SLICES": 4, "ASSEMBLY": True}
 EPILOGUE = {"RAGGED": False, "SCALED": 1, "BIAS": True}
 TILES = {"ROWS": 16, "STEP": 2, "BLOCK_K": 2048, "PROGRAMS": 96, "ONE_LAUNCH": True}
@@ -65,10 +66,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "quantize_nvfp4": (
             quantize._nvfp4_kernel,
             QUANTIZE | ROWS,
-            {"ROWS": 1, "BLOCK_K": 2048, "LAYOUT": 128, "STATIC": False},
+            {"ROWS": 1, "BLOCK_K": 2048, "LAYOUT": 128, "STATIC": 0},
             2,
         ),
-        "quantize_fp8": (quantize._fp8_kernel, fp8 | ROWS, {"ROWS": 1, "BLOCK_K": 2048, "STATIC": False}, 4),
+        "quantize_fp8": (quantize._fp8_kernel, fp8 | ROWS, ROW | {"STATIC": 0, "REPEAT": 1}, 4),
         "convert_nvfp4": (convert._nvfp4_kernel, CONVERT | STATE | {"scale_stride": "i32"}, TILES | layout, 8),
         "convert_fp8": (convert._fp8_kernel, weight | STATE, TILES | {"PER_ROW": False}, 8),
     }
@@ -96,7 +97,12 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
         **few,
         **many,
         "nvfp4_decode": (nvfp4_gemm._decode, decode, {"ROWS": 64, "ASSEMBLY": True}, 4),
-        "nvfp4_products": (quantize._nvfp4_products_kernel, products, {"ROWS": 1, "BLOCK_K": 2048, "STATIC": False}, 2),
+        "nvfp4_products": (
+            quantize._nvfp4_products_kernel,
+            products,
+            {"ROWS": 1, "BLOCK_K": 2048, "STATIC": 0, "REPEAT": 1},
+            2,
+        ),
     }
 
 
