@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from rollmill.moe.gpu import grouped_gemm
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, nvfp4_gemm, quantize
+from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, quantize
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -128,6 +128,16 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
     return found
 
 
+def native_kernel(sm: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    """NVFP4 x NVFP4 on tensor cores that multiply it themselves."""
+    stored = {"x_ptr": "*u8", "x_scale_ptr": "*fp8e4nv", "w_ptr": "*u8", "w_scale_ptr": "*fp8e4nv"}
+    rest = {"row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32", "out_ptr": "*bf16"}
+    sizes = {"M": "i32", "N": "i32:16", "K": "i32:16"}
+    tile = {"NATIVE": True} | (nvfp4_native.SM120_TILE if sm == 120 else nvfp4_native.TILE)
+    warps = tile.pop("num_warps")
+    return nvfp4_native.native_product, stored | rest | sizes, tile, warps
+
+
 def compile_one(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
 ) -> dict[str, Any]:
@@ -143,11 +153,13 @@ def compile_one(
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
-    instructions = [name for name in ("wgmma", "mma.sync", "tcgen05.mma") if name in ptx]
+    instructions = [name for name in ("wgmma", "mma.sync", "tcgen05.mma", "kind::mxf4nvf4") if name in ptx]
+    found["tensor_memory"] = getattr(compiled.metadata, "tmem_size", 0) or 0
     return {"shared": compiled.metadata.shared, "instructions": instructions, **found}
 
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
     asked += [(name, parts, 90) for name, parts in (dense_kernels() | expert_kernels()).items()]
+    asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]
     print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))
