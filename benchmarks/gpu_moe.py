@@ -1,9 +1,10 @@
 """One layer of routed experts of Qwen3-30B-A3B's shape on a GPU: FP8 and NVFP4 W4A16, in a CUDA graph.
 
-    python benchmarks/gpu_moe.py [--sweep TOKENS [TOKENS ...]]
+    python benchmarks/gpu_moe.py [--sweep TOKENS ...] [--once TOKENS ...]
 
 Limit: the bytes of the experts that are touched at the rate of a copy, or the multiplications at the GPU's measured
-peak, whichever takes longer. `--sweep` times the products alone over tiles, to fill the runner's tables.
+peak, whichever takes longer. `--sweep` times the products alone over tiles, to fill the runner's tables; `--once`
+launches every product once, for a profiler to look at.
 """
 
 from __future__ import annotations
@@ -155,11 +156,23 @@ def sweep(batches: list[int]) -> None:
             print(name, weight, tokens, found[:4], "worst", found[-1][0], "of", len(found), flush=True)
 
 
+def once(batches: list[int]) -> None:
+    for scheme in SCHEMES.values():
+        layer = Layer(scheme)
+        for tokens in batches:
+            for call in product_calls(layer, tokens, asked(tokens)[1], {}):
+                call()
+    torch.cuda.synchronize()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", type=int, nargs="+")
+    parser.add_argument("--once", type=int, nargs="+")
     arguments = parser.parse_args()
     if arguments.sweep:
         sweep(arguments.sweep)
+    elif arguments.once:
+        once(arguments.once)
     else:
         bench()

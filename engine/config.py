@@ -114,7 +114,8 @@ class EngineConfig(Settings, frozen=True):
 
     Language models: `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one
     step, so that long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what
-    `max_batch_size` sequences can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings.
+    `max_batch_size` sequences can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings;
+    `attention`: "auto" takes FlashInfer's on a GPU that has it; `cuda_graphs`: decoding steps as CUDA graphs, there.
     Diffusion transformers: `dual`: "bf16" keeps a BF16 copy of the quantized layers beside them, for two precisions in
     one rollout and for `replay`; `max_denoise_batch`: samples that are denoised together; `base`: folder or hub id of
     the pipeline that brings what a file of transformer weights lacks; `layout`: how a file of NVFP4 weights lies,
@@ -135,6 +136,8 @@ class EngineConfig(Settings, frozen=True):
     seed: int = 0
     max_batch_size: int = 256
     max_step_tokens: int = 2048
+    attention: Literal["auto", "torch", "flashinfer"] = "auto"
+    cuda_graphs: bool = True
     kv_cache_tokens: int | None = None
     prefix_cache: bool = True
     dual: Literal["bf16"] | None = None

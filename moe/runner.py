@@ -28,11 +28,13 @@ class MoeRunner(Protocol):
 
     With `shows_w2` it shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections; the layer
     sees that of w13. With `routes` it chooses the experts itself: it has `apply_logits` in place of `apply`.
+    `capturable`: in a CUDA graph, since it asks nothing of the host.
     """
 
     name: ClassVar[str]
     routes: ClassVar[bool]
     shows_w2: ClassVar[bool]
+    capturable: ClassVar[bool]
     watch_w2: Callable[[Tensor], None]
 
     @property

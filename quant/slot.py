@@ -36,6 +36,13 @@ class JoinedLayout(Struct, frozen=True):
         """[num_rows, cols], or [num_rows] of a vector, shards still as they lie; a view."""
         return tensor.mT if self.transposed and tensor.ndim == 2 else tensor
 
+    def sorted_rows(self, matrices: Tensor, shape: WeightShape) -> Tensor:
+        """Joined matrices of some units -> [..., num_rows, cols], shard after shard; a view where it can be."""
+        rows = matrices.mT if self.transposed else matrices
+        if not self.interleaved:
+            return rows
+        return rows.unflatten(-2, (-1, len(shape.rows))).transpose(-3, -2).flatten(-3, -2)
+
     def shard(self, rows_first: Tensor, shape: WeightShape, shard: int) -> Tensor:
         """One shard's rows, a view."""
         if self.interleaved:
@@ -109,10 +116,10 @@ class WeightSlot:
         if self.meter is not None:
             self.meter(x)
 
-    def place(self, target: Mapping[str, Tensor], unit: int, packed: Mapping[str, Tensor]) -> None:
-        """Write one unit's packed tensors into `target`, which has this slot's packed specs."""
+    def place(self, target: Mapping[str, Tensor], units: int | slice, packed: Mapping[str, Tensor]) -> None:
+        """Write packed tensors of a unit, or of several side by side, into `target`, which has this slot's specs."""
         for key, value in packed.items():
-            (target[key] if self.shape.units is None else target[key][unit]).copy_(value)
+            (target[key] if self.shape.units is None else target[key][units]).copy_(value)
 
     def commit(self, packed: Mapping[str, Tensor], scales: Mapping[str, Tensor], digests: Mapping[str, int]) -> None:
         """Copy staged tensors onto the served ones: addresses stay, so CUDA graphs stay valid."""

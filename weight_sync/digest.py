@@ -7,10 +7,14 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..quant.scheme import has_kernels
 
 MASK = (1 << 64) - 1
 WORDS = 2048  # int64 words a row of the first pass
+LENGTH = 0x9E3779B97F4A7C15  # times the bytes of a tensor, so that zeros count
 
 
 def _mix(index: Tensor) -> Tensor:
@@ -34,7 +38,26 @@ def tensor_digest(value: Tensor) -> int:
         tail = torch.zeros(WORDS * 8, dtype=torch.uint8, device=raw.device)
         tail[: raw.numel() - whole] = raw[whole:]
         total += _rows_digest(tail, whole // (WORDS * 8) + 1)
-    return (total + raw.numel() * 0x9E3779B97F4A7C15) & MASK
+    return (total + raw.numel() * LENGTH) & MASK
+
+
+def unit_digests(stack: Tensor) -> Tensor:
+    """`tensor_digest` of every unit of [units, ...] as signed int64 [units]; a GPU computes it while others go on."""
+    if not has_kernels(stack):
+        return torch.tensor([signed(tensor_digest(unit)) for unit in stack], dtype=torch.int64)
+    from ..quant.gpu.word_sums import word_sums
+
+    raw = stack.detach().contiguous().view(len(stack), -1).view(torch.uint8)
+    size = raw.shape[1]
+    if size % 8 or raw.data_ptr() % 8:
+        raw = F.pad(raw, (0, -size % 8)).clone()
+    sums = word_sums(raw.view(torch.int64), _word_multipliers(raw.device))
+    return sums + signed(size * LENGTH & MASK)
+
+
+def signed(value: int) -> int:
+    """The same 64 bits, as torch's int64 says them."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _rows_digest(raw: Tensor, first_row: int) -> int:

@@ -12,12 +12,13 @@ from msgspec import Struct
 from torch import Tensor
 
 from ..quant import ConfigError, ModelError, UnsupportedError, WeightSlot
+from .checks import check_finite
 from .errors import CoverageError, ShapeError
 from .pairs import pull, with_prefix
+from .pending import FLOATS
 from .plan import SyncPlan, Target
 from .source import Source, open_source
 from .sources.peft_folder import PeftFolder
-from .staging import FLOATS, check_finite
 
 RULE = "an adapter brings lora_A and lora_B of each of its modules, once, and the model has these modules"
 NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")

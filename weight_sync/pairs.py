@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..quant import RollmillError
 from .errors import ShapeError, TransportError
-from .plan import Target
+from .pending import FLOATS
+from .plan import SCALE_NAMES, Target
 
 
 def as_pair(pair: Any) -> tuple[str, Tensor]:
@@ -40,6 +41,15 @@ def pull(source: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
         pair = as_pair(item)
         last = pair[0]
         yield pair
+
+
+def is_whole_stack(target: Target, value: Tensor) -> bool:
+    """Whether this tensor brings all matrices of a stack at once, not quantized."""
+    shape = target.slot.shape
+    if target.unit is not None or shape.units is None or shape.cols is None or target.tensor in SCALE_NAMES:
+        return False
+    expected = (shape.units, shape.cols, shape.num_rows) if target.layout.transposed else shape.matrix
+    return tuple(value.shape) == expected and value.dtype in FLOATS
 
 
 def split(name: str, target: Target, value: Tensor) -> Iterator[tuple[int, int, Tensor]]:

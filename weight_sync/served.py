@@ -28,6 +28,7 @@ class ServedWeights:
         self.state: Literal["awake", "asleep", "empty"] = "awake"  # empty: awake again, without weights
         self.count = 0  # the highest number that a version has had
         self.closed = False
+        self.backlog: int | None = None  # bytes of units that may wait for others in a session; None: as the device is
         self.commit_gate: Callable[[], AbstractContextManager[None]] = nullcontext
         self.on_flip: list[Callable[[], None]] = []
 

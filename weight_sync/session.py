@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from ..quant import ModelError, WeightSlot, clipping_shares, reset_clipping
+from .checks import check_finite
 from .clock import Clock
 from .digest import tensor_digest, weights_digest
 from .errors import CoverageError, SessionClosedError, StagingMemoryError, StaleVersionError
 from .lora import Adapter
 from .messages import UpdateReport
-from .pairs import as_pair, pull, split, with_prefix
+from .pairs import as_pair, is_whole_stack, pull, split, with_prefix
+from .pending import Backlog, default_backlog
 from .plan import Target
 from .served import ServedWeights
 from .source import WeightSource
-from .staging import SlotStaging, check_finite
+from .staging import SlotStaging
 
 SwapMode = Literal["staged", "streamed"]
 SessionMode = Literal["staged", "streamed", "dry"]
@@ -46,6 +48,7 @@ class WeightSession:
         self._same_version = version == served.version
         self._open = True
         self._staging: dict[WeightSlot, SlotStaging] = {}
+        self._backlog: Backlog | None = None
         self._unexpected: list[str] = []
         self._duplicate: list[str] = []
         self._ignored: dict[str, int] = {}
@@ -118,6 +121,10 @@ class WeightSession:
             takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
             if target.tensor == "input_scale":
                 takers = takers[:1]  # a twin does not quantize activations
+            if is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
+                for taker in takers:
+                    taker.receive_stack(name, value, target.layout)
+                return
             for unit, shard, part in split(name, target, value):
                 taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
                 if not all(taken):
@@ -133,8 +140,17 @@ class WeightSession:
                 self.served.poisoned = f"a streamed swap to version {self.version!r} has not finished"
             keeps = self.served.master is not None and self._adapter is None and not self.served.plan.is_twin(slot)
             dry = self.mode == "dry"
-            self._staging[slot] = SlotStaging(slot, self.clock, live=streamed, dry=dry, master=keeps and not dry)
+            if self._backlog is None:
+                self._backlog = Backlog(self._backlog_limit(slot))
+            self._staging[slot] = SlotStaging(
+                slot, self.clock, self._backlog, live=streamed, dry=dry, master=keeps and not dry
+            )
         return self._staging[slot]
+
+    def _backlog_limit(self, slot: WeightSlot) -> int:
+        if self.served.backlog is not None:
+            return self.served.backlog
+        return default_backlog(next(iter(slot.tensors.values())), streamed=self.mode == "streamed")
 
     @contextmanager
     def _naming_memory_errors(self, name: str) -> Iterator[None]:
@@ -156,7 +172,7 @@ class WeightSession:
             self.check_ledger()
             with self._naming_memory_errors("(deriving scales)"):
                 for staging in self._staging.values():
-                    staging.seal()
+                    staging.assembly.seal()
             unchanged = self._check_version(self.new_digest())
             if not unchanged:
                 self._flip()
@@ -183,7 +199,8 @@ class WeightSession:
         self.served.poisoned = f"the commit of version {self.version!r} has not finished"
         with self.clock("commit"):
             for slot, staging in self._staging.items():
-                slot.commit(staging.packed, staging.scales, staging.digests())
+                grown = staging.assembly
+                slot.commit(grown.packed, grown.scales, grown.digests())
             self._update_master()
             self.served.flip(self.version)
         self._torn = False
@@ -199,8 +216,8 @@ class WeightSession:
             master.adapter = self._adapter
         else:
             plan = self.served.plan
-            received = {s: staging.master_units() for s, staging in self._staging.items() if not plan.is_twin(s)}
-            self._unadapted = master.replace(received)
+            own = {s: staging.assembly for s, staging in self._staging.items() if not plan.is_twin(s)}
+            self._unadapted = master.replace({slot: assembly.master_units() for slot, assembly in own.items()})
 
     def _enter_gate(self) -> None:
         self._gate.enter_context(self.served.commit_gate())
@@ -208,6 +225,8 @@ class WeightSession:
 
     def check_ledger(self) -> None:
         """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
+        for staging in self._staging.values():
+            staging.settle()
         plan = self.served.plan  # a twin lacks what its slot lacks
         missing = [n for slot, staging in self._staging.items() if not plan.is_twin(slot) for n in staging.missing()]
         if self.full:
@@ -219,9 +238,7 @@ class WeightSession:
         for name, digest in self._tied.items():
             target = self.served.plan.resolve(name)
             assert target is not None
-            staging = self._staging.get(target.slot)
-            served = target.slot.digests if staging is None else staging.digests()
-            if served[target.tensor] != digest:
+            if self._digests_of(target.slot)[target.tensor] != digest:
                 raise ModelError(f"{name} is tied to {self.served.plan.tied[name]}, but the two differ")
 
     def _check_version(self, digest: str) -> bool:
@@ -239,8 +256,11 @@ class WeightSession:
         return weights_digest(
             (slot.name, tensor, digest)
             for slot in self.served.plan.slots
-            for tensor, digest in (self._staging[slot].digests() if slot in self._staging else slot.digests).items()
+            for tensor, digest in self._digests_of(slot).items()
         )
+
+    def _digests_of(self, slot: WeightSlot) -> dict[str, int]:
+        return self._staging[slot].assembly.digests() if slot in self._staging else slot.digests
 
     def _make_report(self, status: Literal["committed", "unchanged"]) -> UpdateReport:
         return UpdateReport(
@@ -294,4 +314,4 @@ def names_of(slot: WeightSlot) -> list[str]:
     """Every name that a full session must bring for an untouched slot."""
     if slot.loaded and slot.kept:
         return []
-    return SlotStaging(slot, Clock(), dry=True).missing()
+    return SlotStaging.for_names(slot).missing()

@@ -1,58 +1,53 @@
-"""What one slot has received in one session, and the packed copy that grows from it."""
+"""What one slot has received in one session."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from functools import cached_property
+from typing import Self
 
 import torch
-from msgspec import Struct, field
+from msgspec.structs import replace
 from torch import Tensor
 
-from ..quant import BF16, FP8, NVFP4, Plain, UnsupportedError, WeightSlot
+from ..quant import BF16, FP8, NVFP4, JoinedLayout, Plain, UnsupportedError, WeightSlot
+from .assembly import Assembly
+from .checks import check_finite, check_scale, check_shape
 from .clock import Clock
-from .digest import combine_units, tensor_digest
-from .errors import NonFiniteError, ShapeError
+from .errors import ShapeError
+from .pending import FLOATS, Arrival, Backlog, Form, PendingUnit, Run, form_of
 
-Form = Literal["bf16", "fp8", "nvfp4"]
 SCALE_TENSORS = ("k_scale", "v_scale")
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class PendingUnit(Struct):
-    """One unit under way: matrices in a buffer of our own, fused along rows; scales a shard."""
-
-    form: Form
-    matrices: dict[str, Tensor]
-    scales: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-
-
-def form_of(tensor: str, dtype: torch.dtype) -> Form:
-    """In which form a weight arrives, as any one of its tensors tells."""
-    if tensor == "weight_scale_2" or dtype == torch.uint8 or (tensor, dtype) == ("weight_scale", torch.float8_e4m3fn):
-        return "nvfp4"
-    return "fp8" if tensor == "weight_scale" or dtype == torch.float8_e4m3fn else "bf16"
 
 
 class SlotStaging:
-    """Collects shards, quantizes a unit once it is complete, packs it into `packed`.
+    """Collects shards; complete units go into `assembly`, with those beside them where the backlog has room for them.
 
-    `live` (streamed mode) writes into the slot's served tensors; `dry` only takes digests; `master` keeps what came
-    in BF16 on the host.
+    `live`, `dry`, `master`: see `Assembly`.
     """
 
     def __init__(
-        self, slot: WeightSlot, clock: Clock, *, live: bool = False, dry: bool = False, master: bool = False
+        self,
+        slot: WeightSlot,
+        clock: Clock,
+        backlog: Backlog,
+        *,
+        live: bool = False,
+        dry: bool = False,
+        master: bool = False,
     ) -> None:
-        self.slot, self.clock, self.live, self.dry, self.master = slot, clock, live, dry, master
-        self.primary = next(iter(slot.matrices))
+        self.slot, self.backlog = slot, backlog
+        self.assembly = Assembly(slot, clock, live=live, dry=dry, master=master)
+        self.primary = self.assembly.primary
         self.received: set[tuple[int, int, str]] = set()
         self.pending: dict[int, PendingUnit] = {}
-        self.finished: set[int] = set()
-        self.packed: dict[str, Tensor] = {}
-        self.scales = {name: t.clone() for name, t in slot.scales.items()}
-        self._digests: dict[str, dict[int, int]] = {}
-        self._master: dict[int, Tensor] = {}
+        self.runs: dict[int, Run] = {}  # of every pending unit
+        self.device = next(iter(slot.tensors.values())).device
+
+    @classmethod
+    def for_names(cls, slot: WeightSlot) -> Self:
+        """One that only tells names."""
+        return cls(slot, Clock(), Backlog(), dry=True)
 
     # receiving
 
@@ -66,31 +61,66 @@ class SlotStaging:
             self._matrix_or_scale(name, tensor, unit, shard, value)
         self.received.add((unit, shard, tensor))
         if unit in self.pending and not any(self._missing_of(unit, self.pending[unit].form)):
-            self._finish(unit)
+            run = self.runs[unit]
+            run.complete.add(unit)
+            if run.complete == run.expected:
+                self._finish(run)
         return True
 
+    @property
+    def takes_stack(self) -> bool:
+        """Whether nothing of the weight has come yet, so that all of it may come at once."""
+        return not self.pending and not self.assembly.finished
+
+    def receive_stack(self, name: str, stack: Tensor, layout: JoinedLayout) -> None:
+        """Take all units of a float weight at once. It is quantized before this returns, without a copy in between if
+        it has the dtype, the order and the device that the slot quantizes from."""
+        units, device, dtype = self.slot.shape.num_units, self.device, self._unquantized.dtype
+        self.received |= {(u, s, self.primary) for u in range(units) for s in range(len(self.slot.shape.rows))}
+        step = self._run_length
+        for start in range(0, units, step):
+            part = layout.sorted_rows(stack[start : start + step].detach(), self.slot.shape)
+            part = part.to(device=device, dtype=dtype).contiguous()
+            arrival = Arrival(range(start, start + len(part)), "bf16", {self.primary: part}, unchecked=[(name, part)])
+            arrival.borrowed = part.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
+            del part
+            self.assembly.add(arrival)
+
+    @cached_property
+    def _run_length(self) -> int:
+        if self.slot.shape.units is None:
+            return 1
+        return self.backlog.run_length(self.slot.shape.num_units, self._bytes_of(self._unquantized))
+
+    def _bytes_of(self, scheme: Plain | FP8 | NVFP4) -> int:
+        specs = scheme.matrices(self.slot.shape.unit).values()
+        return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
+
     def _input_scale(self, name: str, unit: int, shard: int, value: Tensor) -> None:
-        _check_shape(name, value, (1,))
+        check_shape(name, value, (1,))
         check_scale(name, value)
-        scales = self.scales["input_scale"]
+        scales = self.assembly.scales["input_scale"]
         (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
 
     def _matrix_or_scale(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> None:
         pending = self._pending(name, tensor, unit, value)
         rows = self.slot.shape.shard_slice(shard)
-        if tensor in pending.matrices:
-            target = pending.matrices[tensor][rows]
-            self._check_dtype(name, value, pending.form)
-            _check_shape(name, value, tuple(target.shape))
-            target.copy_(value.reshape(target.shape))
-            check_finite(name, target)  # as rounded: float32 may overflow BF16
-            if tensor in SCALE_TENSORS:
-                check_scale(name, target)
+        if tensor not in pending.matrices:
+            if value.numel() not in (1, rows.stop - rows.start):
+                raise ShapeError(f"{name}: expected one scale or {rows.stop - rows.start}, got {list(value.shape)}")
+            check_scale(name, value, zero=True)  # of a weight of zeros
+            pending.scales[tensor, shard] = value.detach().to(torch.float32, copy=True).reshape(-1)
             return
-        if value.numel() not in (1, rows.stop - rows.start):
-            raise ShapeError(f"{name}: expected one scale or {rows.stop - rows.start}, got {list(value.shape)}")
-        check_scale(name, value, zero=True)  # of a weight of zeros
-        pending.scales[tensor, shard] = value.detach().to(torch.float32, copy=True).reshape(-1)
+        target = pending.matrices[tensor][rows]
+        self._check_dtype(name, value, pending.form)
+        check_shape(name, value, tuple(target.shape))
+        target.copy_(value.reshape(target.shape))
+        if self.runs[unit].count > 1:
+            pending.unchecked.append((name, target))  # one look at many spares a GPU's waiting
+            return
+        check_finite(name, target)  # as rounded: float32 may overflow BF16
+        if tensor in SCALE_TENSORS:
+            check_scale(name, target)
 
     def _pending(self, name: str, tensor: str, unit: int, value: Tensor) -> PendingUnit:
         form = form_of(tensor, value.dtype)
@@ -103,107 +133,88 @@ class SlotStaging:
                     f"{name} is stored in {form}, but its layer is computed in {own}",
                     ["send BF16", "or open the engine with quant=None or quant='bf16'"],
                 )
-            self.pending[unit] = PendingUnit(form, self._buffers(form))
+            self._open(unit, form)
         elif self.pending[unit].form != form:
             raise ShapeError(f"{name}: shards of one weight came in {self.pending[unit].form} and in {form}")
         return self.pending[unit]
-
-    def _buffers(self, form: Form) -> dict[str, Tensor]:
-        scheme = {"bf16": self._unquantized, "fp8": FP8(), "nvfp4": NVFP4()}[form]
-        device = next(iter(self.slot.tensors.values())).device
-        specs = scheme.matrices(self.slot.shape.unit)
-        return {key: torch.empty(spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()}
-
-    @property
-    def _unquantized(self) -> Plain:
-        return self.slot.scheme if isinstance(self.slot.scheme, Plain) else BF16
 
     def _check_dtype(self, name: str, value: Tensor, form: Form) -> None:
         if form == "bf16" and value.dtype not in FLOATS:
             raise ShapeError(f"{name}: {value.dtype} is no weight; send bfloat16, float16 or float32")
 
-    # finishing
+    # runs
 
-    def _finish(self, unit: int) -> None:
-        if self.master and self.pending[unit].form == "bf16":
-            self._master[unit] = self.pending[unit].matrices[self.primary].cpu()
-        with self.clock("quantize"):
-            stored = self._stored(self.pending.pop(unit))  # what arrived is freed before it is packed
-            matrices = {key: stored[key] for key in self.slot.matrices}
-            for key in stored:
-                self._digests.setdefault(key, {})[unit] = tensor_digest(stored[key])
-        for key in stored.keys() - matrices.keys():
-            (self.scales[key] if self.slot.shape.units is None else self.scales[key][unit]).copy_(stored[key])
-        self.finished.add(unit)
-        if not self.dry:
-            with self.clock("prepare"):
-                self._place(unit, self.slot.packer.prepare(matrices))
+    def _open(self, unit: int, form: Form) -> None:
+        """A place for a unit: in a run with its neighbours, or alone where there is no room for them."""
+        run = self.runs.get(unit)
+        if run is None:
+            run = self._new_run(unit, form)
+        elif run.form != form:
+            run.expected.discard(unit)
+            run = self._alone(unit, form)
+        self.runs[unit] = run
+        place = unit - run.first
+        stacked = self.slot.shape.units is not None
+        self.pending[unit] = PendingUnit(form, {k: t[place] if stacked else t for k, t in run.matrices.items()})
 
-    def _stored(self, pending: PendingUnit) -> dict[str, Tensor]:
-        """The stored form of one unit in the slot's own scheme."""
-        scheme, shape = self.slot.scheme, self.slot.shape.unit
-        if pending.form == "bf16":
-            return scheme.quantize(pending.matrices[self.primary], shape)
-        per_tensor = isinstance(scheme, FP8) and not scheme.per_channel
-        source = NVFP4() if pending.form == "nvfp4" else FP8(per_channel=not per_tensor)
-        stored = dict(pending.matrices)
-        for key in {key for key, _ in pending.scales}:
-            stored[key] = self._assembled(key, pending, per_row=isinstance(source, FP8) and source.per_channel)
-        if isinstance(scheme, Plain):
-            return scheme.quantize(source.dequantize(stored, shape), shape)
-        return stored
+    def _new_run(self, unit: int, form: Form) -> Run:
+        length, unit_bytes = self._run_length, self._bytes_of(self._scheme_of(form))
+        if form != "bf16" and isinstance(self.slot.scheme, Plain):
+            length = 1  # it is widened to float32 on its way
+        while length > 1:
+            first = unit // length * length
+            count = min(length, self.slot.shape.num_units - first)
+            free = {u for u in range(first, first + count) if u not in self.runs and u not in self.assembly.finished}
+            if len(free) > 1 and self.backlog.take(count * unit_bytes):
+                run = Run(form, first, count, self._buffers(form, count), count * unit_bytes, free)
+                self.runs.update(dict.fromkeys(free, run))
+                return run
+            length = -(-length // 2)
+        return self._alone(unit, form)
 
-    def _assembled(self, key: str, pending: PendingUnit, *, per_row: bool) -> Tensor:
-        """The shards' scales side by side: one a shard, or spread over the rows."""
-        rows = self.slot.shape.rows
-        shards = [pending.scales[key, shard] for shard in range(len(rows))]
-        if per_row:
-            return torch.cat([scale.expand(count) for scale, count in zip(shards, rows, strict=True)])
-        if any(scale.numel() > 1 for scale in shards):
-            raise UnsupportedError(
-                f"{self.slot.name} came with one FP8 scale a row, but is computed with one a tensor",
-                ["open the engine with quant='fp8_channel'"],
-            )
-        return torch.cat(shards)
+    def _alone(self, unit: int, form: Form) -> Run:
+        return Run(form, unit, 1, self._buffers(form, 1), 0, {unit})
 
-    def _place(self, unit: int, packed: dict[str, Tensor]) -> None:
-        if self.live:
-            self.slot.place(self.slot.tensors, unit, packed)
-        elif self.slot.shape.units is None:
-            self.packed = packed
-        else:
-            for key in packed.keys() - self.packed.keys():
-                self.packed[key] = torch.empty_like(self.slot.tensors[key], dtype=packed[key].dtype)
-            self.slot.place(self.packed, unit, packed)
+    def _scheme_of(self, form: Form) -> Plain | FP8 | NVFP4:
+        """What a weight of this form is stored in while it arrives."""
+        return {"bf16": self._unquantized, "fp8": FP8(), "nvfp4": NVFP4()}[form]
 
-    def seal(self) -> None:
-        """Derive the packed scales; every unit has been finished."""
-        if not self.dry:
-            with self.clock("prepare"):
-                self.packed.update(self.slot.packer.derive(self.scales))
-        for key, value in self.packed.items():
-            served = self.slot.tensors[key]
-            widens = (value.dtype, served.dtype) == (torch.bfloat16, torch.float32)
-            assert value.shape == served.shape, f"{self.slot.name}/{key}"
-            assert value.dtype == served.dtype or widens, f"{self.slot.name}/{key}"
+    def _buffers(self, form: Form, count: int) -> dict[str, Tensor]:
+        shape = self.slot.shape
+        specs = self._scheme_of(form).matrices(shape if shape.units is None else replace(shape, units=count))
+        return {key: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for key, spec in specs.items()}
 
-    def master_units(self) -> list[Tensor] | None:
-        """What came in BF16, unit by unit; None if any of it came quantized."""
-        units = range(self.slot.shape.num_units)
-        return [self._master[unit] for unit in units] if len(self._master) == len(units) else None
+    @property
+    def _unquantized(self) -> Plain:
+        return self.slot.scheme if isinstance(self.slot.scheme, Plain) else BF16
+
+    def _finish(self, run: Run) -> None:
+        """Hand a run's complete units on; incomplete ones go on alone."""
+        for part in run.parts():
+            inside = slice(part.start - run.first, part.stop - run.first)
+            whole = len(part) == run.count
+            matrices = run.matrices if whole else {key: t[inside] for key, t in run.matrices.items()}
+            arrival = Arrival(part, run.form, matrices)
+            arrival.scales = [self.pending[unit].scales for unit in part]
+            arrival.unchecked = [pair for unit in part for pair in self.pending[unit].unchecked]
+            for unit in part:
+                del self.pending[unit], self.runs[unit]
+            self.assembly.add(arrival)
+        self.backlog.give_back(run.num_bytes)
+
+    def settle(self) -> None:
+        """Finish complete units that wait for others; nothing more is to come."""
+        for run in {id(run): run for run in self.runs.values()}.values():
+            for unit in run.expected & self.pending.keys() - run.complete:
+                for name, value in self.pending[unit].unchecked:
+                    check_finite(name, value)
+            self._finish(run)
 
     # the ledger
 
-    def digests(self) -> dict[str, int]:
-        """Stored tensor -> digest over all units."""
-        digests = {key: combine_units(units) for key, units in self._digests.items()}
-        if "input_scale" in self.scales:
-            digests["input_scale"] = tensor_digest(self.scales["input_scale"])
-        return digests
-
     def missing(self) -> list[str]:
         """Names that must still arrive before this slot can be committed."""
-        open_units = (unit for unit in range(self.slot.shape.num_units) if unit not in self.finished)
+        open_units = (unit for unit in range(self.slot.shape.num_units) if unit not in self.assembly.finished)
         names = [
             name
             for unit in open_units
@@ -219,33 +230,9 @@ class SlotStaging:
                     yield f"{module}.{tensor}"
 
     def _missing_input_scales(self) -> Iterator[str]:
-        if self.slot.loaded or "input_scale" not in self.scales:
+        if self.slot.loaded or "input_scale" not in self.assembly.scales:
             return
         for unit, modules in enumerate(self.slot.modules):
             for shard, module in enumerate(modules):
                 if (unit, shard, "input_scale") not in self.received:
                     yield f"{module}.input_scale"
-
-
-def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(value.shape) != expected and not (value.numel() == 1 and expected == (1,)):
-        raise ShapeError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
-
-
-def check_finite(name: str, value: Tensor) -> None:
-    """Raise `NonFiniteError` if a float tensor holds NaN or infinity (E4M3 has NaN only)."""
-    if value.dtype == torch.uint8:
-        return
-    if value.dtype == torch.float8_e4m3fn:
-        finite = bool((value.view(torch.uint8) & 0x7F).amax() < 0x7F) if value.numel() else True
-    else:
-        finite = bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()) if value.numel() else True
-    if not finite:
-        raise NonFiniteError(f"{name} holds NaN or infinity")
-
-
-def check_scale(name: str, value: Tensor, *, zero: bool = False) -> None:
-    """Raise `NonFiniteError` unless a scale is finite and positive (or zero, where that has a meaning)."""
-    check_finite(name, value)
-    if bool((value < 0).any()) or not zero and bool((value == 0).any()):
-        raise NonFiniteError(f"{name} must be positive, got {value.min().item()}")

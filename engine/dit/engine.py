@@ -360,7 +360,15 @@ class DiffusionEngine(Engine):
             self._pipeline = self._rollouts = None
 
 
-LANGUAGE_SETTINGS = ("moe_runner", "max_batch_size", "max_step_tokens", "kv_cache_tokens", "prefix_cache")
+LANGUAGE_SETTINGS = (
+    "moe_runner",
+    "max_batch_size",
+    "max_step_tokens",
+    "kv_cache_tokens",
+    "prefix_cache",
+    "attention",
+    "cuda_graphs",
+)
 
 
 def _check_diffusion(config: EngineConfig) -> None:

@@ -25,6 +25,7 @@ class AttentionSpec(Struct, frozen=True):
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
 
 class Attend(Protocol):
@@ -36,6 +37,12 @@ class Attend(Protocol):
         -> [num_tokens, heads, value_dim].
         """
         ...
+
+
+class CachedAttend(Attend, Protocol):
+    """Attention over a KV cache, where the tokens at hand lie at `slots` int64 [num_tokens]."""
+
+    slots: Tensor
 
 
 class WholeSequences:

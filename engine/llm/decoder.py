@@ -78,6 +78,18 @@ class Decoder:
         scale = config.embed_scale
         self.embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
         self.slots = parts.slots
+        self.capability = parts.capability
+
+    def uncapturable(self) -> str | None:
+        """Why a step cannot be captured in a CUDA graph, or None."""
+        for layer in self.layers:
+            if isinstance(layer.mlp, SparseMLP) and not layer.mlp.experts.runner.capturable:
+                return f"the MoE runner {layer.mlp.experts.runner.name} asks the host"
+        for slot in self.slots:
+            reason = getattr(slot.packer, "uncapturable", None)
+            if reason is not None:
+                return f"{slot.name}: {reason}"
+        return None
 
     @property
     def routing(self) -> tuple[int, int]:

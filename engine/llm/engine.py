@@ -189,6 +189,10 @@ class LanguageEngine(Engine):
         self._check_open()
         self.rollouts.resume()
 
+    def sleep(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
+        super().sleep(tags)
+        self.rollouts.forget_graphs()  # before anything wakes: what they read has gone
+
     def _free_cache(self) -> None:
         self.rollouts.free_cache()
 

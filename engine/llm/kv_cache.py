@@ -17,9 +17,11 @@ class KVCache:
     """A slot (page * PAGE_SIZE + offset) holds one token's keys and values in all layers, and its routed experts.
 
     keys, values: [num_layers, num_slots, kv_heads, key_dim | value_dim]; routed: int16 [num_slots, num_moe_layers,
-    top_k]. Pages are zeroed when they are handed out: attention reads whole pages, and zero times what an earlier
-    request left there must be zero.
+    top_k]. With `clears_pages` pages are zeroed when they are handed out: where attention reads whole pages, zero times
+    what an earlier request left there must be zero.
     """
+
+    clears_pages = True
 
     def __init__(
         self,
@@ -52,6 +54,10 @@ class KVCache:
         return self.keys, self.values, self.routed
 
     @property
+    def num_pages(self) -> int:
+        return self.keys.shape[1] // PAGE_SIZE
+
+    @property
     def num_bytes(self) -> int:
         """Memory held now."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
@@ -81,6 +87,11 @@ class KVCache:
         at = torch.tensor(pages, device=self.keys.device)
         for tensor in (self.keys, self.values):
             tensor.unflatten(1, (-1, PAGE_SIZE))[:, at] = 0
+
+    def store_routed(self, slots: Tensor, routed: Sequence[Tensor]) -> None:
+        """Keep the expert ids [num_tokens, top_k] that every MoE layer chose for the tokens at `slots`."""
+        if routed:
+            self.routed[slots] = torch.stack(list(routed), dim=1).to(torch.int16)
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page onto another."""

@@ -15,10 +15,11 @@ from ..config import EngineConfig
 from ..errors import AsleepError, ClosedError, NonFiniteError
 from ..step_gate import StepGate
 from .decoder import Decoder
+from .forward import make_forward
 from .kv_cache import KVCache
 from .likelihoods import Likelihoods
 from .page_pool import PAGE_SIZE, PagePool
-from .paged_attention import PagedAttention, Span
+from .paged_attention import Span
 from .request import Request
 from .sampler import Draw, sample
 from .scheduler import Chunk, Scheduler
@@ -39,6 +40,7 @@ class Rollouts:
         self.model, self.policy = model, policy
         self.gate = StepGate()
         self.cache = KVCache(model.attention_specs, model.routing, num_pages, model.dtype, model.device)
+        self.forward = make_forward(model, self.cache, model.capability, config)
         self.scheduler = Scheduler(self.cache, PagePool(num_pages), config)
         self.paused = False
         self.pausing_thread: int | None = None
@@ -157,14 +159,10 @@ class Rollouts:
             _notify(request)
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[tuple[Request, Draw | NonFiniteError]]:
-        device = self.model.device
-        attend = PagedAttention(self.cache, [Span(c.request.pages, c.start, c.end) for c in chunks])
-        ids = torch.tensor([token for c in chunks for token in c.request.tokens[c.start : c.end]], device=device)
-        positions = torch.tensor([at for c in chunks for at in range(c.start, c.end)], device=device)
-        routed: list[Tensor] = []
-        hidden = self.model.hidden(ids, positions, attend, routed)
-        if routed:
-            self.cache.routed[attend.slots] = torch.stack(routed, dim=1).to(torch.int16)
+        spans = [Span(c.request.pages, c.start, c.end) for c in chunks]
+        ids = [token for c in chunks for token in c.request.tokens[c.start : c.end]]
+        positions = [at for c in chunks for at in range(c.start, c.end)]
+        hidden = self.forward(ids, positions, spans)
         for chunk, rows in zip(chunks, hidden.split([c.end - c.start for c in chunks]), strict=True):
             scores = self._score_prompt(chunk, rows)
             self.scheduler.advance(chunk)
@@ -231,6 +229,12 @@ class Rollouts:
             self._retract_all()
             self.scheduler.pool.forget_prefixes()
             self.cache.free()
+
+    def forget_graphs(self) -> None:
+        """Memory moves: decoding steps are captured anew."""
+        with self.gate.visit():
+            if self.forward.graphs is not None:
+                self.forward.graphs.forget()
 
     def allocate_cache(self) -> None:
         with self.gate.visit():

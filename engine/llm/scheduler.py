@@ -100,7 +100,7 @@ class Scheduler:
     def _take(self, count: int) -> list[int] | None:
         pages = self.pool.take(count)
         try:
-            if pages:
+            if pages and self.cache.clears_pages:
                 self.cache.clear(pages)
         except BaseException:
             self.pool.release(pages or [])

@@ -52,6 +52,7 @@ class FlashInferTrtllmRouted:
     name: ClassVar[str] = "flashinfer_trtllm_routed"
     routes: ClassVar[bool] = False
     shows_w2: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self, config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype, linear_kernel: str = "auto"

@@ -29,6 +29,7 @@ class ReferenceRunner:
     name: ClassVar[str] = "reference"
     routes: ClassVar[bool] = False
     shows_w2: ClassVar[bool] = True
+    capturable: ClassVar[bool] = False
 
     def __init__(
         self,

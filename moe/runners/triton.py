@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...quant import FP8, NVFP4, Capability, Scheme, TensorSpec, UnsupportedError, WeightShape
 from ...quant.kernels.nvfp4_packing import ue5m3
-from ...quant.scheme import Stored
+from ...quant.scheme import Stored, has_kernels
 from ..config import MoeConfig
 from .reference import expert_shapes
 
@@ -112,6 +112,10 @@ class GroupedNVFP4:
 
     def prepare(self, matrices: Stored) -> dict[str, Tensor]:
         codes, scales = matrices["weight"], matrices["weight_scale"]
+        if has_kernels(codes):
+            from ..gpu.pack import pack_nvfp4
+
+            return dict(zip(("weight", "block_scale"), pack_nvfp4(codes, scales), strict=True))
         lead, rows = codes.shape[:-2], codes.shape[-2]
         # a scale of zero is E4M3's, not UE5M3's: its codes become zero instead
         codes = torch.where(scales.float().repeat_interleave(8, dim=-1) == 0, 0, codes)
@@ -149,6 +153,7 @@ class TritonRunner:
     name: ClassVar[str] = "triton"
     routes: ClassVar[bool] = False
     shows_w2: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -5,6 +5,8 @@ the amax, wait, and read the rows again, from the L2. They take units in the ord
 more programs than half of the GPU's multiprocessors: whoever waits, waits for programs that run, even while a second
 conversion does the same on another stream. (More than two at once, or a foreign kernel that holds most of the GPU and
 waits for this one, could still stop it.)
+
+A weight that is not finite makes the decode scale of its unit (or row) NaN or infinite: its bits are the largest.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -140,7 +142,7 @@ def _nvfp4_kernel(
     unit, part = _place(ticket_ptr, PROGRAMS, ONE_LAUNCH)
     amax = _unit_amax(w_ptr, unit, part, amax_ptr, count_ptr, num_rows, K, ROWS, STEP, BLOCK_K, PROGRAMS, ONE_LAUNCH)
     scale_2 = tl.div_rn(amax, code_max)
-    scale_2 = tl.where(scale_2 > 0, scale_2, 1.0)
+    scale_2 = tl.where(scale_2 == 0, 1.0, scale_2)
     if part == 0:
         tl.store(global_ptr + unit, scale_2)
     word, block = tl.arange(0, BLOCK_K // 8)[None, :], tl.arange(0, BLOCK_K // 16)[None, :]
@@ -197,16 +199,19 @@ def _fp8_kernel(
             w_ptr, unit, part, amax_ptr, count_ptr, num_rows, K, ROWS, STEP, BLOCK_K, PROGRAMS, ONE_LAUNCH
         )
         unit_scale = tl.div_rn(amax, code_max)
-        unit_scale = tl.where(unit_scale > 0, unit_scale, 1.0)
+        unit_scale = tl.where(unit_scale == 0, 1.0, unit_scale)
         if part == 0:
             tl.store(global_ptr + unit, unit_scale)
     cols = tl.arange(0, BLOCK_K)[None, :]
     for step in range(0, ROWS, STEP):
         rows = part * ROWS + step + tl.arange(0, STEP)
-        x = _load_rows(w_ptr, unit, rows, num_rows, K, BLOCK_K, "evict_first").to(tl.float32)
+        w = _load_rows(w_ptr, unit, rows, num_rows, K, BLOCK_K, "evict_first")
+        x = w.to(tl.float32)
         if PER_ROW:
-            scale = tl.div_rn(tl.max(tl.abs(x), axis=1), code_max + tl.zeros((STEP,), tl.float32))
-            scale = tl.where(scale > 0, scale, 1.0)
+            bits = tl.max((w.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32), axis=1)
+            amax = (bits << 16).to(tl.float32, bitcast=True)
+            scale = tl.div_rn(amax, code_max + tl.zeros((STEP,), tl.float32))
+            scale = tl.where(scale == 0, 1.0, scale)
             tl.store(global_ptr + unit * num_rows + rows, scale, mask=rows < num_rows)
         else:
             scale = unit_scale + tl.zeros((STEP,), tl.float32)

@@ -27,6 +27,9 @@ class ExactKernel:
         assert isinstance(scheme, FP8 | NVFP4)
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
         self.packed_dtype = product_dtype(dtype, capability)
+        static = scheme.activation == "static" and len(shape.rows) > 1
+        # why not in a CUDA graph
+        self.uncapturable = "exact looks whether the input scales of fused shards are equal" if static else None
 
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:

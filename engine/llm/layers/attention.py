@@ -21,7 +21,14 @@ class Attention:
         self.config = attention = config.attention
         kind, head_dim = config.layers[layer], attention.head_dim
         self.spec = AttentionSpec(
-            layer, attention.num_kv_heads, head_dim, head_dim, attention.scale, kind.window, attention.softcap
+            layer,
+            attention.num_kv_heads,
+            head_dim,
+            head_dim,
+            attention.scale,
+            kind.window,
+            attention.softcap,
+            attention.sinks,
         )
         self.prefix = prefix = f"model.layers.{layer}.self_attn."
         kv_rows = attention.num_kv_heads * head_dim

@@ -7,12 +7,13 @@ import torch
 
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
-from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES, TritonRunner
-from rollmill.quant import FP8, NVFP4, Capability, UnsupportedError, numerics
+from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES, GroupedNVFP4, TritonRunner
+from rollmill.quant import FP8, NVFP4, Capability, UnsupportedError, WeightShape, numerics
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402 (after the conftest's set-up)
+from rollmill.moe.gpu.pack import pack_nvfp4  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = Capability(DEVICE, 90, ("triton",))
@@ -190,3 +191,19 @@ def test_what_it_cannot_compute_is_said():
     assert "biases" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256, bias=True))
     bare = Capability(DEVICE, 90, ())
     assert TritonRunner.unsupported(CONFIG, FP8(), bare, torch.bfloat16) == "triton is not installed"
+
+
+@pytest.mark.parametrize("shape", [(512, 256), (1, 6, 128), (3, 5, 384)], ids=str)
+def test_a_stack_is_packed_in_one_launch(shape: tuple[int, ...]):
+    """Byte for byte as plain torch packs it: every scale, zero and the smallest ones too."""
+    *lead, rows, cols = shape
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (*lead, rows, cols // 2), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(0, 127, (*lead, rows, cols // 16), dtype=torch.uint8, generator=generator)
+    scales.view(-1)[:127] = torch.arange(127, dtype=torch.uint8)[: scales.numel()]
+    weight = WeightShape((rows,), cols, units=lead[0] if lead else None)
+    scales = scales.view(torch.float8_e4m3fn)
+    expected = GroupedNVFP4(SCHEMES["nvfp4_w4a16"], weight).prepare({"weight": codes, "weight_scale": scales})
+    packed, block_scale = (t.cpu() for t in pack_nvfp4(codes.to(DEVICE), scales.to(DEVICE)))
+    assert torch.equal(packed, expected["weight"])
+    assert torch.equal(block_scale, expected["block_scale"])

@@ -18,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rollmill.moe.gpu import grouped_gemm
+from rollmill.moe.gpu import grouped_gemm, pack
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, quantize
+from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, quantize, word_sums
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -71,6 +71,19 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         ),
         "quantize_fp8": (quantize._fp8_kernel, fp8 | ROWS, ROW | {"STATIC": 0, "REPEAT": 1}, 4),
         "convert_nvfp4": (convert._nvfp4_kernel, CONVERT | STATE | {"scale_stride": "i32"}, TILES | layout, 8),
+        "word_sums": (
+            word_sums.word_sums_kernel,
+            {"words_ptr": "*i64", "multipliers_ptr": "*i64", "sums_ptr": "*i64", "num_words": "i32"},
+            {"ROW": 2048},
+            4,
+        ),
+        "pack_nvfp4": (
+            pack.pack_nvfp4_kernel,
+            {"codes_ptr": "*u8", "scales_ptr": "*u8", "weight_ptr": "*i16", "block_scale_ptr": "*u8"}
+            | {"all_rows": "i32", "num_rows": "i32", "K": "i32"},
+            {"ROWS": pack.ROWS, "WORDS": 512, "GROUPS": 128},
+            4,
+        ),
         "convert_fp8": (convert._fp8_kernel, weight | STATE, TILES | {"PER_ROW": False}, 8),
     }
 

@@ -30,7 +30,9 @@ def compiled() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", ["quantize_nvfp4", "quantize_fp8", "convert_nvfp4", "convert_fp8"])
+@pytest.mark.parametrize(
+    "kernel", ["quantize_nvfp4", "quantize_fp8", "convert_nvfp4", "convert_fp8", "word_sums", "pack_nvfp4"]
+)
 def test_compiles_without_spills(compiled: dict[str, dict[str, Any]], kernel: str, sm: int):
     needs = compiled[f"{kernel} sm{sm}"]
     assert needs["STACK"] == needs["LOCAL"] == 0

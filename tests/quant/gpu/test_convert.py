@@ -122,3 +122,17 @@ def test_programs_of_a_unit_wait_for_each_other_and_two_streams_do_not_stop_each
     for codes, scales, _ in (one for found in results for one in found):
         assert same_bits(codes, stored["weight"])
         assert same_bits(scales, stored["weight_scale"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_weight_that_is_not_finite_shows_in_its_scale(value: float, launches: str):
+    w = weights(3, 40, 48)
+    w[1, 17, 5] = value
+    codes, blocks, scale_2 = nvfp4_buffers(3, 40, 48)
+    convert_nvfp4(w.to(DEVICE), codes, blocks, scale_2)
+    assert scale_2.isfinite().tolist() == [True, False, True]
+    for scale in (poisoned(3, dtype=torch.float32), poisoned(3, 40, dtype=torch.float32)):
+        convert_fp8(w.to(DEVICE), poisoned(3, 40, 48, dtype=torch.float8_e4m3fn), scale)
+        found = scale.isfinite()
+        assert found.view(3, -1).all(1).tolist() == [True, False, True]
+        assert scale.ndim == 1 or (~found).nonzero().tolist() == [[1, 17]]

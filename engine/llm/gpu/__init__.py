@@ -1,0 +1,1 @@
+"""Language models on a GPU: attention through FlashInfer, decoding steps as CUDA graphs, fused kernels."""

@@ -1,0 +1,95 @@
+"""`DecodeGraphs`: a decoding step as one CUDA graph, for each of a few batch sizes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..decoder import Decoder
+from ..kv_cache import KVCache
+from ..page_pool import PAGE_SIZE
+from ..paged_attention import Span
+from .flashinfer_attention import DecodeAttention, FlashInferAttention
+
+log = logging.getLogger("rollmill")
+
+
+class DecodeGraphs:
+    """Captured when a batch size first comes; stays valid through swaps, which write packed tensors in place.
+
+    Rows beyond the sequences at hand compute a token that nobody reads.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, attention: FlashInferAttention, max_batch_size: int) -> None:
+        self.model, self.cache, self.attention = model, cache, attention
+        self.sizes = batch_sizes(max_batch_size)
+        self._graphs: dict[int, DecodeGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        """One new token of each sequence -> hidden states [num_sequences, hidden_size]; valid until the next run."""
+        size = next(size for size in self.sizes if size >= len(spans))
+        if size not in self._graphs:
+            self._capture(size)
+        return self._graphs[size].run(ids, positions, spans)[: len(spans)]
+
+    def capture_all(self) -> None:
+        """Capture every size now, the largest first, so that the others fit into its memory."""
+        for size in reversed(self.sizes):
+            if size not in self._graphs:
+                self._capture(size)
+
+    def forget(self) -> None:
+        """Drop all graphs: memory that they read has moved."""
+        self._graphs.clear()
+
+    def _capture(self, size: int) -> None:
+        start = time.perf_counter()
+        self._graphs[size] = DecodeGraph(self.model, self.cache, self.attention, size, self._pool)
+        log.info("captured a decoding step of %d sequences in %.1f s", size, time.perf_counter() - start)
+
+
+class DecodeGraph:
+    """One batch size."""
+
+    def __init__(self, model: Decoder, cache: KVCache, attention: FlashInferAttention, size: int, pool: Any) -> None:
+        self.model, self.cache, device = model, cache, model.device
+        self.ids = torch.zeros(size, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        longest = min(cache.num_pages, -(-model.config.max_position // PAGE_SIZE))  # pages of one sequence
+        self.attend: DecodeAttention = attention.decode_step(size, size * longest)
+        self.graph = torch.cuda.CUDAGraph()
+        self.attend.plan([])
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles what compiles on first use
+                self._forward()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.hidden = self._forward()
+
+    def _forward(self) -> Tensor:
+        routed: list[Tensor] = []
+        hidden = self.model.hidden(self.ids, self.positions, self.attend, routed)
+        self.cache.store_routed(self.attend.slots, routed)
+        return hidden
+
+    def run(self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        self.attend.plan(spans)
+        fresh = torch.tensor([ids, positions]).pin_memory()
+        self.ids[: len(ids)].copy_(fresh[0], non_blocking=True)
+        self.positions[: len(ids)].copy_(fresh[1], non_blocking=True)
+        self.graph.replay()
+        return self.hidden
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """1, 2, 4, 8, then steps of 8 up to 64, of 16 up to 128, of 32 beyond."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, largest + 32, 32)]
+    return [*(size for size in sizes if size < largest), largest]

@@ -1,0 +1,114 @@
+"""Weights on their way: what has arrived of a unit, units that wait for each other, and how much may wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from msgspec import Struct, field
+from torch import Tensor
+
+from ..quant.scheme import has_kernels
+from .checks import check_finite, is_finite
+
+Form = Literal["bf16", "fp8", "nvfp4"]
+UnitScales = dict[tuple[str, int], Tensor]  # (tensor, shard) -> float32 [1] or [rows of the shard]
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# On a GPU the units of a stack wait for each other, so that few launches finish many: as many bytes of buffers in one
+# session at the most, beyond which units are finished one by one. A CPU gains nothing: it finishes a unit in its cache.
+STAGED_BACKLOG = 3 << 29  # both stacks of a layer of Qwen3-30B-A3B: 1.2e9
+STREAMED_BACKLOG = 1 << 28
+
+
+class PendingUnit(Struct):
+    """One unit under way: matrices in a buffer of our own, fused along rows; scales a shard."""
+
+    form: Form
+    matrices: dict[str, Tensor]
+    scales: UnitScales = field(default_factory=dict)
+    unchecked: list[tuple[str, Tensor]] = field(default_factory=list)  # the name it came under, and what became of it
+
+
+class Run(Struct):
+    """Units first, first + 1, ... of one stack, in buffers [count, ...] in which they lie side by side."""
+
+    form: Form
+    first: int
+    count: int
+    matrices: dict[str, Tensor]
+    num_bytes: int  # taken from the backlog
+    expected: set[int]
+    complete: set[int] = field(default_factory=set)
+
+    def parts(self) -> Iterator[range]:
+        """Complete units, those side by side together."""
+        start = None
+        for unit in range(self.first, self.first + self.count + 1):
+            if unit in self.complete:
+                start = unit if start is None else start
+            elif start is not None:
+                yield range(start, unit)
+                start = None
+
+
+class Arrival(Struct):
+    """Complete units: matrices [units, ...], of a slot that is no stack without that dimension.
+
+    `unchecked`: what may hold NaN or infinity, under the names it came with. `borrowed`: the storage is the sender's.
+    """
+
+    units: range
+    form: Form
+    matrices: dict[str, Tensor]
+    scales: list[UnitScales] = []
+    unchecked: list[tuple[str, Tensor]] = []
+    borrowed: bool = False
+
+    def check(self) -> None:
+        """Raise `NonFiniteError` that names what is not finite."""
+        if self.unchecked and not all(is_finite(matrix) for matrix in self.matrices.values()):
+            for name, value in self.unchecked:
+                check_finite(name, value)
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self.matrices.clear()
+        self.unchecked.clear()
+
+
+class Backlog:
+    """How many bytes of units may wait in one session."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = self.left = limit
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether there is room for as many bytes; they are taken then."""
+        if num_bytes > self.left:
+            return False
+        self.left -= num_bytes
+        return True
+
+    def give_back(self, num_bytes: int) -> None:
+        self.left += num_bytes
+
+    def run_length(self, num_units: int, unit_bytes: int) -> int:
+        """How many units of a stack wait for each other: equal runs, as few as the limit allows."""
+        most = max(1, min(num_units, self.limit // max(1, unit_bytes)))
+        return -(-num_units // -(-num_units // most))
+
+
+def default_backlog(weight: Tensor, *, streamed: bool) -> int:
+    """The limit for slots that live where this packed tensor does."""
+    if not has_kernels(weight):
+        return 0
+    return STREAMED_BACKLOG if streamed else STAGED_BACKLOG
+
+
+def form_of(tensor: str, dtype: torch.dtype) -> Form:
+    """In which form a weight arrives, as any one of its tensors tells."""
+    if tensor == "weight_scale_2" or dtype == torch.uint8 or (tensor, dtype) == ("weight_scale", torch.float8_e4m3fn):
+        return "nvfp4"
+    return "fp8" if tensor == "weight_scale" or dtype == torch.float8_e4m3fn else "bf16"
