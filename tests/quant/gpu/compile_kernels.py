@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from rollmill.moe.gpu import grouped_gemm, pack
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, quantize, word_sums
+from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, nvfp4_pack, quantize, word_sums
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -93,6 +93,8 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     products = {"x_ptr": "*bf16", "static_ptr": "*fp32", "products_ptr": "*bf16", "token_ptr": "*fp32"} | ROWS
     decoded = {k: v for k, v in MATMUL.items() if k not in ("scale_ptr", "steps")} | {"w_ptr": "*bf16"}
     decode = {k: MATMUL[k] for k in ("w_ptr", "scale_ptr", "out_ptr", "N", "K", "first_row", "end_row")}
+    pack_inputs = {"codes_ptr": "*u8", "scales_ptr": "*u8", "weight_ptr": "*i16", "block_scale_ptr": "*u8"}
+    pack_inputs |= {"all_rows": "i32:16", "num_rows": "i32:16", "K": "i32:16", "steps": "i32"}
     few = {
         f"nvfp4_few_{tile.tokens}": (nvfp4_gemm._few_tokens, MATMUL, FEW | EPILOGUE | tile_of(tile), 4)
         for _, tile in nvfp4_gemm.FEW_TILES
@@ -109,6 +111,7 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     return {
         **few,
         **many,
+        "nvfp4_pack": (nvfp4_pack.pack_kernel, pack_inputs, {"ROWS": nvfp4_pack.ROWS}, 4),
         "nvfp4_decode": (nvfp4_gemm._decode, decode, {"ROWS": 64, "ASSEMBLY": True}, 4),
         "nvfp4_products": (
             quantize._nvfp4_products_kernel,

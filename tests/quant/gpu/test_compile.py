@@ -47,6 +47,7 @@ def test_compiles_without_spills(compiled: dict[str, dict[str, Any]], kernel: st
         *(f"many_{tokens}" for tokens in (64, 128, 256)),
         "decode",
         "products",
+        "pack",
     ],
 )
 def test_dense_kernels_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]], kernel: str):
