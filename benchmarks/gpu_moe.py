@@ -21,7 +21,6 @@ from record import make_result, save
 from torch import Tensor
 
 from rollmill.moe import MoeConfig
-from rollmill.moe.runners import triton as runner_module
 from rollmill.moe.runners.reference import expert_shapes
 from rollmill.moe.runners.triton import DEPTH, TritonRunner
 from rollmill.quant import FP8, NVFP4, Scheme, find_capability
@@ -144,10 +143,9 @@ def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, tuple
     from rollmill.quant.gpu.quantize import quantize_fp8
 
     fp8 = isinstance(layer.scheme, FP8)
-    table = runner_module.FP8_TILES if fp8 else runner_module.NVFP4_TILES
     pairs_count, hidden, inner = ids.numel(), CONFIG.hidden_size, CONFIG.intermediate_size
     for weight, (rows_out, K) in (("w13", (inner, hidden)), ("w2", (hidden, inner))):
-        tile = tiles.get(weight) or layer.runner._tile(table, weight, pairs_count)
+        tile = tiles.get(weight) or layer.runner._tile(weight, pairs_count)
         rows, block, depth, warps, stages = tile
         pairs, experts = make_blocks(ids, CONFIG.num_experts, block)
         packed = layer.packed[0 if weight == "w13" else 1]

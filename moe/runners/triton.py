@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...quant import FP8, NVFP4, Capability, Scheme, TensorSpec, WeightShape
+from ...quant import FP8, NVFP4, Capability, Scheme, TensorSpec, UnsupportedError, WeightShape
 from ...quant.kernels.nvfp4_packing import ue5m3
 from ...quant.scheme import Stored, has_kernels
 from ..config import MoeConfig
@@ -17,35 +17,51 @@ from .reference import expert_shapes
 
 DEPTH = 128  # along K: of one step of an NVFP4 product, whose weights are packed for it
 
-# Average pairs an expert, at the most -> rows, tokens, depth, warps, stages. Measured on an H100 at Qwen3-30B-A3B's
+
+class Tile(NamedTuple):
+    """Rows of a weight and tokens of a program, its depth along K, warps, and steps that are loaded ahead."""
+
+    rows: int
+    tokens: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """For a launch."""
+        sizes = {"ROWS": self.rows, "TOKENS": self.tokens, "DEPTH": self.depth, "STAGES": self.stages}
+        return sizes | {"num_warps": self.warps}
+
+
+# Average pairs an expert, at the most -> tile. Measured on an H100 at Qwen3-30B-A3B's
 # shape: benchmarks/NOTES.md.
-Tiles = tuple[tuple[float, tuple[int, int, int, int, int]], ...]
+Tiles = tuple[tuple[float, Tile], ...]
 FP8_TILES: dict[str, Tiles] = {
     "w13": (
-        (12, (64, 16, 256, 4, 3)),
-        (24, (128, 32, 256, 4, 3)),
-        (96, (128, 32, 128, 8, 3)),
-        (float("inf"), (128, 128, 128, 8, 4)),
+        (12, Tile(64, 16, 256, 4, 3)),
+        (24, Tile(128, 32, 256, 4, 3)),
+        (96, Tile(128, 32, 128, 8, 3)),
+        (float("inf"), Tile(128, 128, 128, 8, 4)),
     ),
     "w2": (
-        (12, (128, 16, 256, 8, 2)),
-        (24, (128, 32, 256, 8, 2)),
-        (96, (128, 32, 128, 4, 3)),
-        (float("inf"), (128, 128, 128, 4, 3)),
+        (12, Tile(128, 16, 256, 8, 2)),
+        (24, Tile(128, 32, 256, 8, 2)),
+        (96, Tile(128, 32, 128, 4, 3)),
+        (float("inf"), Tile(128, 128, 128, 4, 3)),
     ),
 }
 NVFP4_TILES: dict[str, Tiles] = {
     "w13": (
-        (12, (64, 16, DEPTH, 2, 3)),
-        (24, (128, 32, DEPTH, 4, 2)),
-        (96, (64, 64, DEPTH, 4, 3)),
-        (float("inf"), (64, 128, DEPTH, 4, 3)),
+        (12, Tile(64, 16, DEPTH, 2, 3)),
+        (24, Tile(128, 32, DEPTH, 4, 2)),
+        (96, Tile(64, 64, DEPTH, 4, 3)),
+        (float("inf"), Tile(64, 128, DEPTH, 4, 3)),
     ),
     "w2": (
-        (12, (128, 16, DEPTH, 4, 3)),
-        (24, (128, 32, DEPTH, 4, 3)),
-        (96, (128, 64, DEPTH, 4, 3)),
-        (float("inf"), (128, 128, DEPTH, 4, 3)),
+        (12, Tile(128, 16, DEPTH, 4, 3)),
+        (24, Tile(128, 32, DEPTH, 4, 3)),
+        (96, Tile(128, 64, DEPTH, 4, 3)),
+        (float("inf"), Tile(128, 128, DEPTH, 4, 3)),
     ),
 }
 
@@ -61,13 +77,14 @@ class GroupedFP8:
 
     def packed(self) -> dict[str, TensorSpec]:
         weight = TensorSpec(self.shape.matrix, torch.float8_e4m3fn)
-        return {"weight": weight, "row_scale": TensorSpec(self.shape.dims(self.shape.num_rows), torch.float32)}
+        row_scale = TensorSpec(self.shape.dims(self.shape.num_rows), torch.float32)
+        return {"weight": weight, "row_scale": row_scale} | input_scale_spec(self.scheme, self.shape)
 
     def prepare(self, matrices: Stored) -> dict[str, Tensor]:
         return {"weight": matrices["weight"]}
 
     def derive(self, scales: Stored) -> dict[str, Tensor]:
-        return {"row_scale": self.scheme.row_scale(scales, self.shape).clone()}
+        return {"row_scale": self.scheme.row_scale(scales, self.shape).clone()} | input_scale(self.scheme, scales)
 
 
 class GroupedNVFP4:
@@ -90,6 +107,7 @@ class GroupedNVFP4:
             "weight": TensorSpec(self.shape.dims(rows, self.cols // 2), torch.uint8),
             "block_scale": TensorSpec(self.shape.dims(steps, 2, rows, DEPTH // 32), torch.uint8),
             "row_scale": TensorSpec(self.shape.dims(rows), torch.float32),
+            **input_scale_spec(self.scheme, self.shape),
         }
 
     def prepare(self, matrices: Stored) -> dict[str, Tensor]:
@@ -109,7 +127,24 @@ class GroupedNVFP4:
         return {"weight": weight.reshape(*lead, rows, self.cols // 2), "block_scale": block_scale}
 
     def derive(self, scales: Stored) -> dict[str, Tensor]:
-        return {"row_scale": self.scheme.row_scale(scales, self.shape).clone()}
+        return {"row_scale": self.scheme.row_scale(scales, self.shape).clone()} | input_scale(self.scheme, scales)
+
+
+def input_scale_spec(scheme: Scheme, shape: WeightShape) -> dict[str, TensorSpec]:
+    return {"input_scale": TensorSpec(shape.dims(), torch.float32)} if scheme.activation == "static" else {}
+
+
+def input_scale(scheme: Scheme, scales: Stored) -> dict[str, Tensor]:
+    """Static scales of the stored ones [experts, shards]: one an expert."""
+    if scheme.activation != "static":
+        return {}
+    stored = scales["input_scale"]
+    if not torch.equal(stored[..., :1].expand_as(stored), stored):
+        raise UnsupportedError(
+            "the runner `triton` quantizes an expert's input once, but its gate and up have unequal input scales",
+            ["choose moe_runner='reference', or activation='per_token'"],
+        )
+    return {"input_scale": stored[..., 0].clone()}
 
 
 class TritonRunner:
@@ -143,13 +178,13 @@ class TritonRunner:
             return f"computes in bfloat16, not {dtype}"
         if config.bias or config.activation != "silu":
             return "computes plain SwiGLU, without biases"
-        if isinstance(scheme, FP8) and scheme.activation == "per_token":
+        if isinstance(scheme, FP8) and scheme.activation in ("per_token", "static"):
             depth = 256
-        elif isinstance(scheme, NVFP4) and scheme.activation in ("none", "per_token"):
+        elif isinstance(scheme, NVFP4) and scheme.activation in ("none", "per_token", "static"):
             depth = DEPTH
         else:
             asked = f"{scheme.name} with activations {scheme.activation!r}"
-            return f"computes FP8 per token and NVFP4 per token or W4A16, not {asked}"
+            return f"computes FP8 and NVFP4 per token or static, and NVFP4 W4A16, not {asked}"
         if config.hidden_size % depth or config.intermediate_size % depth:
             return f"hidden and intermediate sizes are multiples of {depth}"
         return None
@@ -159,73 +194,58 @@ class TritonRunner:
 
         if not len(x):
             return x
-        products = self._fp8 if isinstance(self.scheme, FP8) else self._nvfp4
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            outs = products(x.contiguous(), ids.contiguous(), w13, w2)
+            outs = self._products(x.contiguous(), ids.contiguous(), w13, w2)
         return finalize(outs.view(*ids.shape, -1), weights.float().contiguous())
 
-    def _tile(self, tiles: dict[str, Tiles], weight: str, num_pairs: int) -> tuple[int, int, int, int, int]:
-        average = num_pairs / self.config.num_experts
-        return next(tile for most, tile in tiles[weight] if average <= most)
-
-    def _fp8(self, x: Tensor, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        from ...quant.gpu.quantize import quantize_fp8
+    def _products(self, x: Tensor, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+        """What the choices of every token give, BF16 [pairs, hidden_size]."""
         from ..gpu import grouped_gemm
         from ..gpu.blocks import make_blocks
 
         kernels: Any = grouped_gemm  # to a type checker they take no launch options
+        fp8 = isinstance(self.scheme, FP8)
+        gate_up, down = (kernels.fp8_gate_up, kernels.fp8_down) if fp8 else (kernels.nvfp4_gate_up, kernels.nvfp4_down)
+        options = {} if fp8 else {"SCALED": self.scheme.activation != "none", "ASSEMBLY": x.is_cuda}
 
-        config, num_pairs = self.config, ids.numel()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        rows, tokens, depth, warps, stages = self._tile(FP8_TILES, "w13", num_pairs)
-        pairs, experts = make_blocks(ids, config.num_experts, tokens)
-        codes, scale = quantize_fp8(x)
+        num_pairs, hidden, inner = ids.numel(), self.config.hidden_size, self.config.intermediate_size
+        tile = self._tile("w13", num_pairs)
+        blocks = make_blocks(ids, self.config.num_experts, tile.tokens)
+        values, scale, choices = self._quantize(x, ids, w13, self.config.top_k)
         activated = x.new_empty(num_pairs, inner)
-        kernels.fp8_gate_up[(inner // rows, len(experts))](
-            codes, scale, w13["weight"], w13["row_scale"], activated, pairs, experts, num_pairs, hidden, inner,
-            TOP_K=config.top_k, ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages, num_warps=warps,
+        gate_up[(inner // tile.rows, len(blocks[1]))](
+            values, scale, *_weights(w13), activated, *blocks, num_pairs, hidden, inner,
+            TOP_K=choices, **tile.options(), **options,
         )  # fmt: skip
         self.watch_w2(activated)
-        rows, other, depth, warps, stages = self._tile(FP8_TILES, "w2", num_pairs)
-        assert other == tokens
-        codes, scale = quantize_fp8(activated)
+        other, tile = tile, self._tile("w2", num_pairs)
+        assert other.tokens == tile.tokens
+        values, scale, _ = self._quantize(activated, ids, w2, 1)
         out = x.new_empty(num_pairs, hidden)
-        kernels.fp8_down[(hidden // rows, len(experts))](
-            codes, scale, w2["weight"], w2["row_scale"], out, pairs, experts, num_pairs, inner, hidden,
-            ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages, num_warps=warps,
-        )  # fmt: skip
+        down[(hidden // tile.rows, len(blocks[1]))](
+            values, scale, *_weights(w2), out, *blocks, num_pairs, inner, hidden, **tile.options(), **options
+        )
         return out
 
-    def _nvfp4(self, x: Tensor, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        from ..gpu import grouped_gemm
-        from ..gpu.blocks import make_blocks
+    def _quantize(self, x: Tensor, ids: Tensor, packed: dict[str, Tensor], choices: int) -> tuple[Tensor, Tensor, int]:
+        """What a product sees of x, a scale a row, and how many pairs read a row in turn.
 
-        kernels: Any = grouped_gemm  # to a type checker they take no launch options
+        With static scales every pair has a row of its own: experts may have unequal ones.
+        """
+        from ...quant.gpu.quantize import nvfp4_products, quantize_fp8
 
-        config, num_pairs = self.config, ids.numel()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        rows, tokens, depth, warps, stages = self._tile(NVFP4_TILES, "w13", num_pairs)
-        pairs, experts = make_blocks(ids, config.num_experts, tokens)
-        options = {"SCALED": self.scheme.activation == "per_token", "ASSEMBLY": x.is_cuda}
-        activated = x.new_empty(num_pairs, inner)
-        kernels.nvfp4_gate_up[(inner // rows, len(experts))](
-            *self._nvfp4_input(x), w13["weight"], w13["block_scale"], w13["row_scale"], activated, pairs, experts,
-            num_pairs, hidden, inner, TOP_K=config.top_k, ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages,
-            **options, num_warps=warps,
-        )  # fmt: skip
-        self.watch_w2(activated)
-        rows, other, depth, warps, stages = self._tile(NVFP4_TILES, "w2", num_pairs)
-        assert other == tokens
-        out = x.new_empty(num_pairs, hidden)
-        kernels.nvfp4_down[(hidden // rows, len(experts))](
-            *self._nvfp4_input(activated), w2["weight"], w2["block_scale"], w2["row_scale"], out, pairs, experts,
-            num_pairs, inner, hidden, ROWS=rows, TOKENS=tokens, DEPTH=depth, STAGES=stages,
-            **options, num_warps=warps,
-        )  # fmt: skip
-        return out
+        quantize = quantize_fp8 if isinstance(self.scheme, FP8) else nvfp4_products
+        if self.scheme.activation == "none":
+            return x, x, choices
+        if self.scheme.activation == "per_token":
+            return *quantize(x), choices
+        return *quantize(x, packed["input_scale"][ids.flatten()], repeat=choices), 1
 
-    def _nvfp4_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """BF16 as it is, or the products of its codes and block scales, and the scale of every row."""
-        from ...quant.gpu.quantize import nvfp4_products
+    def _tile(self, weight: str, num_pairs: int) -> Tile:
+        tiles = FP8_TILES if isinstance(self.scheme, FP8) else NVFP4_TILES
+        return next(tile for most, tile in tiles[weight] if num_pairs / self.config.num_experts <= most)
 
-        return nvfp4_products(x) if self.scheme.activation == "per_token" else (x, x)
+
+def _weights(packed: dict[str, Tensor]) -> list[Tensor]:
+    """What a kernel reads of a weight, in its order."""
+    return [packed[name] for name in ("weight", "block_scale", "row_scale") if name in packed]

@@ -28,17 +28,45 @@ from .floats import (
 ScaleLayout = Literal["linear", "128x4", "8x4"]
 TILE_ROWS = {"linear": 0, "128x4": 128, "8x4": 8}
 
+NONE, ONE, EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # static scales: none, one for all, one a row
+
 
 @triton.jit
-def _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, STATIC: tl.constexpr):
-    """Codes int32 [ROWS, BLOCK_K / 16, 16], block scales E4M3 [ROWS, BLOCK_K / 16], decode scales [ROWS]."""
+def _load_rows(x_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr, REPEAT: tl.constexpr):
+    """Float32 [ROWS, BLOCK_K], every row of x REPEAT times."""
     cols = tl.arange(0, BLOCK_K)
     mask = (rows < num_rows)[:, None] & (cols < K)[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    source = (rows // REPEAT).to(tl.int64)[:, None] * K
+    return tl.load(x_ptr + source + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _static_scale(static_ptr, rows, num_rows, STATIC: tl.constexpr):
+    """Float32 [ROWS]: the one of all, or each row's own."""
+    if STATIC == ONE:
+        return tl.load(static_ptr) + tl.zeros(rows.shape, tl.float32)
+    return tl.load(static_ptr + rows, mask=rows < num_rows, other=1.0)
+
+
+@triton.jit
+def _nvfp4_rows(
+    x_ptr,
+    static_ptr,
+    rows,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
+    """Codes int32 [ROWS, BLOCK_K / 16, 16], block scales E4M3 [ROWS, BLOCK_K / 16], decode scales [ROWS]."""
+    x = _load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
     blocks = tl.reshape(x, (ROWS, BLOCK_K // 16, 16))
     block_amax = tl.max(tl.abs(blocks), axis=2)
     if STATIC:
-        encode = tl.div_rn(1.0, tl.load(static_ptr)) + tl.zeros((ROWS,), tl.float32)
+        static = _static_scale(static_ptr, rows, num_rows, STATIC)
+        encode = tl.div_rn(1.0 + static * 0, static)
     else:
         amax = tl.max(block_amax, axis=1)
         encode = tl.where(amax > 0, tl.minimum(tl.div_rn(NVFP4_RANGE + amax * 0, amax), FLOAT_MAX), FLOAT_MAX)
@@ -47,7 +75,7 @@ def _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS: tl.constexpr, BLOCK_
     divisor = scale.to(tl.float32) * decode[:, None]
     factor = tl.minimum(tl.div_rn(1.0 + divisor * 0, divisor), FLOAT_MAX)
     factor = tl.where(block_amax == 0, 0.0, factor)
-    return e2m1_code(blocks * factor[:, :, None], STATIC), scale, decode
+    return e2m1_code(blocks * factor[:, :, None], STATIC != NONE), scale, decode
 
 
 @triton.jit
@@ -66,7 +94,7 @@ def _nvfp4_kernel(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
-    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC)
+    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC, 1)
     if not STATIC:
         tl.store(token_ptr + rows, decode, mask=inside)
     words = pack_codes(tl.reshape(codes, (ROWS, BLOCK_K)), ROWS, BLOCK_K)
@@ -92,9 +120,10 @@ def _nvfp4_products_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
+    REPEAT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC)
+    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC, REPEAT)
     if not STATIC:
         tl.store(token_ptr + rows, decode, mask=rows < num_rows)
     products = tl.reshape(e2m1_value(codes) * scale.to(tl.float32)[:, :, None], (ROWS, BLOCK_K)).to(tl.bfloat16)
@@ -134,20 +163,21 @@ def quantize_nvfp4(
             ROWS=rows,
             BLOCK_K=block_k,
             LAYOUT=tile,
-            STATIC=input_scale is not None,
+            STATIC=_mode(input_scale),
             num_warps=warps,
         )
     return codes, scales.view(torch.float8_e4m3fn), token
 
 
 @on_own_device
-def nvfp4_products(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """BF16 x [M, K] -> E2M1 values times block scales, exact in BF16 [M, K]; decode scale (float32 [M] or static).
+def nvfp4_products(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1) -> tuple[Tensor, Tensor]:
+    """BF16 x [M, K] -> E2M1 values times block scales, exact in BF16 [M * repeat, K]; float32 decode scales.
 
-    What `quantize_nvfp4` would write, decoded, without the way through four bits.
+    What `quantize_nvfp4` would write, decoded, without the way through four bits. `input_scale` is for all, or float32
+    [M * repeat], one for every repetition of every row; without it there is a scale a row.
     """
-    num_rows, K = x.shape
-    products = torch.empty_like(x)
+    num_rows, K = len(x) * repeat, x.shape[1]
+    products = x.new_empty(num_rows, K)
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
     rows, block_k, warps = _tiles(K, 1024)
     if num_rows:
@@ -160,7 +190,8 @@ def nvfp4_products(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor
             K,
             ROWS=rows,
             BLOCK_K=block_k,
-            STATIC=input_scale is not None,
+            STATIC=_mode(input_scale),
+            REPEAT=repeat,
             num_warps=warps,
         )
     return products, token
@@ -177,15 +208,16 @@ def _fp8_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
+    REPEAT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_K)
     inside = rows < num_rows
     offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
     mask = inside[:, None] & (cols < K)[None, :]
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    x = _load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
     if STATIC:
-        scale = tl.load(static_ptr) + tl.zeros((ROWS,), tl.float32)
+        scale = _static_scale(static_ptr, rows, num_rows, STATIC)
     else:
         amax = tl.max(tl.abs(x), axis=1)
         scale = tl.div_rn(amax, 448.0 + amax * 0)
@@ -200,12 +232,12 @@ def _fp8_kernel(
 
 
 @on_own_device
-def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """BF16 x [M, K] -> E4M3 codes [M, K], decode scale (float32 [M], or the static scalar).
+def quantize_fp8(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1) -> tuple[Tensor, Tensor]:
+    """BF16 x [M, K] -> E4M3 codes [M * repeat, K], decode scales (float32 [M * repeat], or the static one).
 
-    Bit-equal to `numerics.quantize_fp8_activation`.
+    Bit-equal to `numerics.quantize_fp8_activation`. `input_scale` is for all, or one for every repetition of every row.
     """
-    num_rows, K = x.shape
+    num_rows, K = len(x) * repeat, x.shape[1]
     codes = torch.empty(num_rows, K, dtype=torch.float8_e4m3fn, device=x.device)
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
     rows, block_k, warps = _tiles(K, 512)
@@ -219,10 +251,17 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, 
             K,
             ROWS=rows,
             BLOCK_K=block_k,
-            STATIC=input_scale is not None,
+            STATIC=_mode(input_scale),
+            REPEAT=repeat,
             num_warps=warps,
         )
     return codes, token
+
+
+def _mode(input_scale: Tensor | None) -> int:
+    if input_scale is None:
+        return NONE.value
+    return ONE.value if input_scale.numel() == 1 else EACH.value
 
 
 def _tiles(K: int, thread_tile: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..scheme import GROUP_SIZE, NVFP4, Stored, TensorSpec, WeightShape
+from ..scheme import GROUP_SIZE, NVFP4, Stored, TensorSpec, WeightShape, has_kernels
 
 DEPTH = 128  # weights of a step along K; what is missing to a whole one is zero
 
@@ -39,6 +39,10 @@ class NVFP4Packer:
 
     def prepare(self, matrices: Stored) -> dict[str, Tensor]:
         codes, scales = matrices["weight"], matrices["weight_scale"]
+        if has_kernels(codes):
+            from ..gpu.nvfp4_pack import pack_nvfp4
+
+            return dict(zip(("weight", "block_scale"), pack_nvfp4(codes, scales), strict=True))
         # a scale of zero is E4M3's, not UE5M3's: its codes become zero instead
         codes = torch.where(scales.float().repeat_interleave(GROUP_SIZE // 2, dim=-1) == 0, 0, codes)
         return {"weight": pack_codes(codes), "block_scale": pack_scales(scales)}

@@ -8,7 +8,7 @@ import torch
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES, GroupedNVFP4, TritonRunner
-from rollmill.quant import FP8, NVFP4, Capability, WeightShape, numerics
+from rollmill.quant import FP8, NVFP4, Capability, UnsupportedError, WeightShape, numerics
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -23,7 +23,10 @@ SCHEMES = {
     "fp8_channel": FP8(per_channel=True),
     "nvfp4_w4a16": NVFP4(activation="none"),
     "nvfp4": NVFP4(),
+    "fp8_static": FP8(activation="static"),
+    "nvfp4_static": NVFP4(activation="static"),
 }
+INPUT_SCALES = {"fp8": 3 / 448, "nvfp4": 3 / 2688}  # some activations lie beyond
 
 
 class Layer:
@@ -33,11 +36,15 @@ class Layer:
         generator = torch.Generator().manual_seed(seed)
         self.runner = TritonRunner(CONFIG, scheme, HOPPER, torch.bfloat16)
         self.scheme, self.packed, self.weights = scheme, [], []
+        self.input_scales: list[torch.Tensor] = []  # of w13 and w2, one an expert
         self.inner = torch.empty(0)
         self.runner.watch_w2 = self._keep
         for shape, kernel in zip(expert_shapes(CONFIG), (self.runner.w13, self.runner.w2), strict=True):
             weight = (torch.randn(shape.matrix, generator=generator) * 0.05).bfloat16()
             stored = scheme.quantize(weight, shape)
+            self.input_scales.append(INPUT_SCALES[scheme.name] * torch.tensor([1.0, 0.5, 2.0, 1.0]))
+            if scheme.activation == "static":
+                stored["input_scale"] = self.input_scales[-1][:, None].repeat(1, len(shape.rows))
             self.weights.append(scheme.dequantize(stored, shape).double())
             matrices = {key: stored[key] for key in scheme.matrices(shape)}
             scales = {key: stored[key] for key in scheme.scales(shape)}
@@ -62,21 +69,23 @@ class Layer:
         for token, choice in ((t, c) for t in range(len(x)) for c in range(CONFIG.top_k)):
             w13, w2 = (w[ids[token, choice]] for w in self.weights)
             pair = token * CONFIG.top_k + choice
-            gate, up = rounded(w13 @ self.seen(x[token])).chunk(2)
+            scales = [scale[ids[token, choice]] for scale in self.input_scales]
+            gate, up = rounded(w13 @ self.seen(x[token], scales[0])).chunk(2)
             inner[pair] = rounded(torch.nn.functional.silu(gate)) * up
-            out[token] += weights[token, choice].double() * rounded(w2 @ self.seen(self.inner[pair]))
+            out[token] += weights[token, choice].double() * rounded(w2 @ self.seen(self.inner[pair], scales[1]))
         return inner, out
 
-    def seen(self, x: torch.Tensor) -> torch.Tensor:
+    def seen(self, x: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
         """What a product sees of BF16 x: codes times scales, or x itself."""
         if self.scheme.activation == "none":
             return x.double()
         if isinstance(self.scheme, NVFP4):
             encode = numerics.nvfp4_encode(x.abs().amax().float())
+            encode = 1 / static if self.scheme.activation == "static" else encode
             values, block_scale = numerics.quantize_nvfp4_activation(x[None], encode)
             return (values * block_scale[..., None]).flatten().double() / encode.double()
-        scale = x.abs().amax().float() / 448
-        return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+        scale = static if self.scheme.activation == "static" else x.abs().amax().float() / 448
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale.double()
 
 
 def assert_right(layer: Layer, *asked: torch.Tensor) -> None:
@@ -105,13 +114,13 @@ def test_a_layer_equals_float64(name: str, count: int):
     assert_right(layer, *asked)
 
 
-@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16", "nvfp4", "nvfp4_static"])
 def test_experts_without_tokens_and_poisoned_outputs(name: str):
     layer, asked = Layer(SCHEMES[name]), tokens(5, experts=(1, 3))
     assert_right(layer, *asked)
 
 
-@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16", "nvfp4", "fp8_static"])
 def test_a_token_is_bit_equal_in_any_company(name: str):
     layer = Layer(SCHEMES[name])
     x, ids, weights = tokens(7)
@@ -139,6 +148,16 @@ def test_a_block_scale_of_zero_makes_zeros():
     assert int((first_halves & 0b10000111).sum()) == 0
 
 
+@pytest.mark.parametrize("name", ["fp8_static", "nvfp4_static"])
+def test_unequal_input_scales_of_gate_and_up_are_refused(name: str):
+    kernel = TritonRunner(CONFIG, SCHEMES[name], HOPPER, torch.bfloat16).w13
+    stored = SCHEMES[name].quantize(torch.ones(kernel.shape.matrix).bfloat16(), kernel.shape)
+    scales = {key: stored[key] for key in SCHEMES[name].scales(kernel.shape) if key in stored}
+    with pytest.raises(UnsupportedError, match="gate and up have unequal input scales") as error:
+        kernel.derive(scales | {"input_scale": torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 1.0], [1.0, 1.0]])})
+    assert any("reference" in reason for reason in error.value.reasons)
+
+
 @pytest.mark.parametrize("block", [16, 32])
 def test_blocks_hold_every_pair_once_with_its_expert(block: int):
     ids = torch.randint(0, 6, (37, 3), generator=torch.Generator().manual_seed(2))
@@ -164,9 +183,10 @@ def test_what_it_cannot_compute_is_said():
     assert "sm90" in reason(sm=80)
     assert "cpu" in reason(sm=None)
     assert "float32" in reason(dtype=torch.float32)
-    assert "static" in reason(scheme=FP8(activation="static"))
+    assert reason(scheme=FP8(activation="static")) == "none"
+    assert "per_tensor" in reason(scheme=FP8(activation="per_tensor"))
     assert reason(scheme=NVFP4()) == "none"
-    assert "static" in reason(scheme=NVFP4(activation="static"))
+    assert "none" in reason(scheme=FP8(activation="none"))
     assert "multiples of 256" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=192))
     assert "biases" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256, bias=True))
     bare = Capability(DEVICE, 90, ())

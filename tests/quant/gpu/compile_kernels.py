@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from rollmill.moe.gpu import grouped_gemm, pack
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, nvfp4_gemm, quantize, word_sums
+from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, nvfp4_pack, quantize, word_sums
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -49,6 +49,7 @@ MATMUL = {  # "i32:16": a multiple of 16, as launches find by themselves
     "end_row": "i32:16",
     "steps": "i32",
 }
+ROW = {"ROWS": 1, "BLOCK_K": 2048}
 FEW = {"SLICES": 4, "ASSEMBLY": True}
 EPILOGUE = {"RAGGED": False, "SCALED": 1, "BIAS": True}
 TILES = {"ROWS": 16, "STEP": 2, "BLOCK_K": 2048, "PROGRAMS": 96, "ONE_LAUNCH": True}
@@ -65,10 +66,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "quantize_nvfp4": (
             quantize._nvfp4_kernel,
             QUANTIZE | ROWS,
-            {"ROWS": 1, "BLOCK_K": 2048, "LAYOUT": 128, "STATIC": False},
+            {"ROWS": 1, "BLOCK_K": 2048, "LAYOUT": 128, "STATIC": 0},
             2,
         ),
-        "quantize_fp8": (quantize._fp8_kernel, fp8 | ROWS, {"ROWS": 1, "BLOCK_K": 2048, "STATIC": False}, 4),
+        "quantize_fp8": (quantize._fp8_kernel, fp8 | ROWS, ROW | {"STATIC": 0, "REPEAT": 1}, 4),
         "convert_nvfp4": (convert._nvfp4_kernel, CONVERT | STATE | {"scale_stride": "i32"}, TILES | layout, 8),
         "word_sums": (
             word_sums.word_sums_kernel,
@@ -92,6 +93,8 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     products = {"x_ptr": "*bf16", "static_ptr": "*fp32", "products_ptr": "*bf16", "token_ptr": "*fp32"} | ROWS
     decoded = {k: v for k, v in MATMUL.items() if k not in ("scale_ptr", "steps")} | {"w_ptr": "*bf16"}
     decode = {k: MATMUL[k] for k in ("w_ptr", "scale_ptr", "out_ptr", "N", "K", "first_row", "end_row")}
+    pack_inputs = {"codes_ptr": "*u8", "scales_ptr": "*u8", "weight_ptr": "*i16", "block_scale_ptr": "*u8"}
+    pack_inputs |= {"all_rows": "i32:16", "num_rows": "i32:16", "K": "i32:16", "steps": "i32"}
     few = {
         f"nvfp4_few_{tile.tokens}": (nvfp4_gemm._few_tokens, MATMUL, FEW | EPILOGUE | tile_of(tile), 4)
         for _, tile in nvfp4_gemm.FEW_TILES
@@ -108,8 +111,14 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     return {
         **few,
         **many,
+        "nvfp4_pack": (nvfp4_pack.pack_kernel, pack_inputs, {"ROWS": nvfp4_pack.ROWS}, 4),
         "nvfp4_decode": (nvfp4_gemm._decode, decode, {"ROWS": 64, "ASSEMBLY": True}, 4),
-        "nvfp4_products": (quantize._nvfp4_products_kernel, products, {"ROWS": 1, "BLOCK_K": 2048, "STATIC": False}, 2),
+        "nvfp4_products": (
+            quantize._nvfp4_products_kernel,
+            products,
+            {"ROWS": 1, "BLOCK_K": 2048, "STATIC": 0, "REPEAT": 1},
+            2,
+        ),
     }
 
 
@@ -135,6 +144,16 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
     return found
 
 
+def native_kernel(sm: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    """NVFP4 x NVFP4 on tensor cores that multiply it themselves."""
+    stored = {"x_ptr": "*u8", "x_scale_ptr": "*fp8e4nv", "w_ptr": "*u8", "w_scale_ptr": "*fp8e4nv"}
+    rest = {"row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32", "out_ptr": "*bf16"}
+    sizes = {"M": "i32", "N": "i32:16", "K": "i32:16"}
+    tile = {"NATIVE": True} | (nvfp4_native.SM120_TILE if sm == 120 else nvfp4_native.TILE)
+    warps = tile.pop("num_warps")
+    return nvfp4_native.native_product, stored | rest | sizes, tile, warps
+
+
 def compile_one(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
 ) -> dict[str, Any]:
@@ -150,11 +169,13 @@ def compile_one(
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
-    instructions = [name for name in ("wgmma", "mma.sync", "tcgen05.mma") if name in ptx]
+    instructions = [name for name in ("wgmma", "mma.sync", "tcgen05.mma", "kind::mxf4nvf4") if name in ptx]
+    found["tensor_memory"] = getattr(compiled.metadata, "tmem_size", 0) or 0
     return {"shared": compiled.metadata.shared, "instructions": instructions, **found}
 
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
     asked += [(name, parts, 90) for name, parts in (dense_kernels() | expert_kernels()).items()]
+    asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]
     print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))

@@ -17,6 +17,8 @@ SCRIPT = Path(__file__).parent / "compile_kernels.py"
 ARCHITECTURES = (90, 100, 103, 120)
 SHARED = {90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
 
+TENSOR_MEMORY = 512  # columns
+
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
@@ -45,6 +47,7 @@ def test_compiles_without_spills(compiled: dict[str, dict[str, Any]], kernel: st
         *(f"many_{tokens}" for tokens in (64, 128, 256)),
         "decode",
         "products",
+        "pack",
     ],
 )
 def test_dense_kernels_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]], kernel: str):
@@ -65,3 +68,12 @@ def test_experts_compile_for_hopper_without_spills(
     assert needs["STACK"] == needs["LOCAL"] == 0
     assert needs["shared"] <= SHARED[90]
     assert needs["instructions"] in (["wgmma"], ["mma.sync"])
+
+
+@pytest.mark.parametrize(("sm", "instruction"), [(100, "tcgen05.mma"), (103, "tcgen05.mma"), (120, "mma.sync")])
+def test_native_products_reach_the_nvfp4_instruction(compiled: dict[str, dict[str, Any]], sm: int, instruction: str):
+    needs = compiled[f"nvfp4_native sm{sm}"]
+    assert needs["instructions"] == [instruction, "kind::mxf4nvf4"]
+    assert needs["STACK"] == needs["LOCAL"] == 0
+    assert needs["shared"] <= SHARED[sm]
+    assert needs["tensor_memory"] <= TENSOR_MEMORY

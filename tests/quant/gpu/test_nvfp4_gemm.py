@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from rollmill.quant import NVFP4, Capability, WeightShape, find_capability
-from rollmill.quant.kernels.nvfp4_packing import DEPTH, ue5m3
+from rollmill.quant.kernels.nvfp4_packing import DEPTH, NVFP4Packer, ue5m3
 from rollmill.quant.kernels.triton_nvfp4 import TritonNVFP4Kernel
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.quant.gpu import nvfp4_gemm  # noqa: E402 (after the conftest's set-up)
+from rollmill.quant.gpu.nvfp4_pack import pack_nvfp4  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = Capability(DEVICE, 90, ("triton",))
@@ -166,6 +167,21 @@ def test_every_code_and_scale_is_exact():
     out = Linear("none", (126,), DEPTH, stored)(torch.eye(DEPTH).bfloat16())
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes]
     assert torch.equal(out.float(), values[:, None] * scales.view(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["linear", "stack"])
+@pytest.mark.parametrize(("rows", "cols"), [(33, 272), (5, 16), (64, 256)])
+def test_packing_in_one_launch_writes_the_same_bytes(lead: tuple[int, ...], rows: int, cols: int):
+    generator = torch.Generator().manual_seed(cols)
+    codes = torch.randint(0, 256, (*lead, rows, cols // 2), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(0, 127, (*lead, rows, cols // 16), generator=generator, dtype=torch.uint8)
+    scales[..., 3, 0] = 0
+    stored = {"weight": codes, "weight_scale": scales.view(torch.float8_e4m3fn)}
+    packer = NVFP4Packer(SCHEME, WeightShape((rows,), cols, units=lead[0] if lead else None))
+    weight, block_scale = pack_nvfp4(codes.to(DEVICE), stored["weight_scale"].to(DEVICE))
+    packed = packer.prepare(stored)
+    assert torch.equal(weight.cpu(), packed["weight"])
+    assert torch.equal(block_scale.cpu(), packed["block_scale"])
 
 
 def test_every_e4m3_scale_is_exact_as_ue5m3():

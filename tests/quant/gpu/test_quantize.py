@@ -78,6 +78,17 @@ def test_fp8_equals_the_reference(rows: int, cols: int, static: float | None):
         assert same_bits(token, scale[:, 0])
 
 
+@pytest.mark.parametrize("quantize", [nvfp4_products, quantize_fp8], ids=["nvfp4", "fp8"])
+def test_rows_repeated_with_a_static_scale_each(quantize):
+    x, scales = activations(5, 64), torch.linspace(0.001, 0.02, 15, device=DEVICE)
+    values, given = quantize(x, scales, repeat=3)
+    assert given is scales
+    for row in range(15):
+        assert same_bits(values[row : row + 1], quantize(x[row // 3 : row // 3 + 1], scales[row])[0])
+    one = scales[3:4]  # a tensor of one element is for all
+    assert same_bits(quantize(x, one)[0], quantize(x, one[0])[0])
+
+
 def test_a_row_does_not_depend_on_the_others():
     x = activations(7, 96)
     whole, alone = quantize_nvfp4(x), quantize_nvfp4(x[4:5])
