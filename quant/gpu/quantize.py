@@ -29,8 +29,17 @@ TILE_ROWS = {"linear": 0, "128x4": 128, "8x4": 8}
 
 
 @triton.jit
-def _nvfp4_kernel(
-    x_ptr,
+def load_rows(x_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr):
+    """float32 [rows, BLOCK_K] of x [num_rows, K]; zeros outside."""
+    cols = tl.arange(0, BLOCK_K)
+    offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    return tl.load(x_ptr + offset, mask=(rows < num_rows)[:, None] & (cols < K)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write_nvfp4(
+    x,
+    rows,
     static_ptr,
     codes_ptr,
     scales_ptr,
@@ -42,12 +51,8 @@ def _nvfp4_kernel(
     LAYOUT: tl.constexpr,
     STATIC: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_K)
+    """Rows of float32 x [ROWS, BLOCK_K], zero beyond K: their codes, block scales and (not STATIC) decode scales."""
     inside = rows < num_rows
-    start = rows.to(tl.int64) * K
-    mask = inside[:, None] & (cols < K)[None, :]
-    x = tl.load(x_ptr + start[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     blocks = tl.reshape(x, (ROWS, BLOCK_K // 16, 16))
     block_amax = tl.max(tl.abs(blocks), axis=2)
     if STATIC:
@@ -75,6 +80,25 @@ def _nvfp4_kernel(
     tl.store(scales_ptr + offset, scale.to(tl.uint8, bitcast=True), mask=inside[:, None] & (block < K // 16)[None, :])
 
 
+@triton.jit
+def _nvfp4_kernel(
+    x_ptr,
+    static_ptr,
+    codes_ptr,
+    scales_ptr,
+    token_ptr,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K)
+    write_nvfp4(x, rows, static_ptr, codes_ptr, scales_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, LAYOUT, STATIC)
+
+
 @on_own_device
 def quantize_nvfp4(
     x: Tensor, input_scale: Tensor | None = None, layout: ScaleLayout = "linear"
@@ -93,7 +117,7 @@ def quantize_nvfp4(
     else:
         scales = torch.empty(num_rows, K // 16, dtype=torch.uint8, device=x.device)
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
-    rows, block_k, warps = _tiles(K, 1024)
+    rows, block_k, warps = row_tiles(K, 1024)
     if num_rows:
         _nvfp4_kernel[(-(-num_rows // rows),)](
             x,
@@ -113,8 +137,9 @@ def quantize_nvfp4(
 
 
 @triton.jit
-def _fp8_kernel(
-    x_ptr,
+def write_fp8(
+    x,
+    rows,
     static_ptr,
     codes_ptr,
     token_ptr,
@@ -124,12 +149,9 @@ def _fp8_kernel(
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Rows of float32 x [ROWS, BLOCK_K], zero beyond K: their codes and (not STATIC) decode scales."""
     cols = tl.arange(0, BLOCK_K)
     inside = rows < num_rows
-    offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    mask = inside[:, None] & (cols < K)[None, :]
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if STATIC:
         scale = tl.load(static_ptr) + tl.zeros((ROWS,), tl.float32)
     else:
@@ -142,7 +164,25 @@ def _fp8_kernel(
     else:
         values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(codes_ptr + offset, values.to(tl.float8e4nv), mask=mask)
+    offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(codes_ptr + offset, values.to(tl.float8e4nv), mask=inside[:, None] & (cols < K)[None, :])
+
+
+@triton.jit
+def _fp8_kernel(
+    x_ptr,
+    static_ptr,
+    codes_ptr,
+    token_ptr,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K)
+    write_fp8(x, rows, static_ptr, codes_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, STATIC)
 
 
 @on_own_device
@@ -154,7 +194,7 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, 
     num_rows, K = x.shape
     codes = torch.empty(num_rows, K, dtype=torch.float8_e4m3fn, device=x.device)
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
-    rows, block_k, warps = _tiles(K, 512)
+    rows, block_k, warps = row_tiles(K, 512)
     if num_rows:
         _fp8_kernel[(-(-num_rows // rows),)](
             x,
@@ -171,7 +211,7 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, 
     return codes, token
 
 
-def _tiles(K: int, thread_tile: int) -> tuple[int, int, int]:
+def row_tiles(K: int, thread_tile: int) -> tuple[int, int, int]:
     """Rows a program, columns rounded up to a power of two, warps: 16 elements a thread or more."""
     block_k = max(16, _power_of_two(K))
     rows = max(1, 2048 // block_k)
