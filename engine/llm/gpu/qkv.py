@@ -67,6 +67,18 @@ def _norm_rope(
 
 
 @triton.jit
+def _as_cached(x, scale_ptr, CACHE: tl.constexpr):
+    """BF16 x -> what the cache holds: x, its FP8 codes, or what FP8 gives back of it."""
+    if CACHE != "bf16":
+        scale = tl.load(scale_ptr)
+        values = tl.div_rn(x.to(tl.float32), tl.zeros(x.shape, tl.float32) + scale)
+        x = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+        if CACHE == "rounded":
+            x = (x.to(tl.float32) * scale).to(tl.bfloat16)
+    return x
+
+
+@triton.jit
 def _qkv_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -77,6 +89,8 @@ def _qkv_kernel(
     q_ptr,
     keys_ptr,
     values_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     eps,
     qkv_stride,
     key_stride,
@@ -88,6 +102,7 @@ def _qkv_kernel(
     COLS: tl.constexpr,
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    CACHE: tl.constexpr,
 ):
     """A program for HEADS heads of one token, all of them q's, k's or v's."""
     token = tl.program_id(0).to(tl.int64)
@@ -106,11 +121,11 @@ def _qkv_kernel(
         if first < NUM_HEADS + NUM_KV_HEADS:
             k = _norm_rope(qkv_ptr, k_weight_ptr, cos_ptr, sin_ptr, head, eps, HEAD_DIM, ROTARY_DIM, COLS, NORM)
             target = (head - NUM_HEADS)[:, None] * HEAD_DIM + col[None, :]
-            tl.store(keys_ptr + slot * key_stride + target, k, mask=exists)
+            tl.store(keys_ptr + slot * key_stride + target, _as_cached(k, k_scale_ptr, CACHE), mask=exists)
         else:
             v = _load_heads(qkv_ptr, head, col, HEAD_DIM).to(tl.bfloat16)
             target = (head - (NUM_HEADS + NUM_KV_HEADS))[:, None] * HEAD_DIM + col[None, :]
-            tl.store(values_ptr + slot * value_stride + target, v, mask=exists)
+            tl.store(values_ptr + slot * value_stride + target, _as_cached(v, v_scale_ptr, CACHE), mask=exists)
 
 
 @on_own_device
@@ -124,44 +139,35 @@ def norm_rope_write(
     keys: Tensor,
     values: Tensor,
     num_heads: int,
+    kv_scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """BF16 qkv [num_tokens, (num_heads + 2 kv_heads) * head_dim] -> q [num_tokens, num_heads, head_dim].
 
-    keys, values: BF16 [num_slots, kv_heads, head_dim], a token's heads side by side; k and v of token i are written to
-    slot `slots[i]` (int32 or int64 [num_tokens]), nowhere if that is negative. `norms`: weights [head_dim] of q's and
-    k's norm, of this `kind` and `eps`. `rotary`: cos and sin [num_tokens, 1, rotary_dim] in BF16, of pairs half a
-    rotary_dim apart; columns of a head beyond rotary_dim stay as they are.
+    keys, values: BF16 or E4M3 [num_slots, kv_heads, head_dim], a token's heads side by side; k and v of token i are
+    written to slot `slots[i]` (int32 or int64 [num_tokens]), nowhere if that is negative.
+    `norms`: weights [head_dim] of q's and k's norm, of this `kind` and `eps`.
+    `rotary`: cos and sin [num_tokens, 1, rotary_dim] in BF16, of pairs half a rotary_dim apart; columns of a head
+    beyond rotary_dim stay as they are.
+    `kv_scales`: float32 decode scales [1] of an FP8 cache, for k and v: an E4M3 cache gets the codes, a BF16 one what
+    the codes stand for.
     """
     num_tokens, (kv_heads, head_dim) = len(qkv), keys.shape[1:]
     cos, sin = (part.contiguous() for part in rotary)
     _check(qkv, keys, values, cos, num_heads)
+    assert kv_scales is not None or keys.dtype == torch.bfloat16
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
-    heads = _heads_together(num_heads, kv_heads)
-    q_norm, k_norm = norms or (qkv, qkv)
+    heads, cols = _heads_together(num_heads, kv_heads), 1 << (head_dim - 1).bit_length()
+    q_norm, k_norm = norms or (qkv, qkv)  # pointers that the kernel leaves alone
+    k_scale, v_scale = kv_scales or (qkv, qkv)
     if num_tokens:
         _qkv_kernel[(num_tokens, (num_heads + 2 * kv_heads) // heads)](
-            qkv,
-            q_norm,
-            k_norm,
-            cos,
-            sin,
-            slots,
-            q,
-            keys,
-            values,
-            eps,
-            qkv.stride(0),
-            keys.stride(0),
-            values.stride(0),
-            NUM_HEADS=num_heads,
-            NUM_KV_HEADS=kv_heads,
-            HEAD_DIM=head_dim,
-            ROTARY_DIM=cos.shape[-1],
-            COLS=1 << (head_dim - 1).bit_length(),
-            HEADS=heads,
-            NORM="none" if norms is None else kind,
-            num_warps=max(1, heads * head_dim // 256),
-        )
+            qkv, q_norm, k_norm, cos, sin, slots, q, keys, values, k_scale, v_scale,
+            eps, qkv.stride(0), keys.stride(0), values.stride(0),
+            NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
+            COLS=cols, HEADS=heads, NORM="none" if norms is None else kind,
+            CACHE="bf16" if kv_scales is None else "rounded" if keys.dtype == torch.bfloat16 else "fp8",
+            num_warps=max(1, heads * cols // 256),
+        )  # fmt: skip
     return q
 
 
@@ -175,7 +181,9 @@ def _heads_together(num_heads: int, kv_heads: int) -> int:
 
 def _check(qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, num_heads: int) -> None:
     kv_heads, head_dim = keys.shape[1:]
-    assert qkv.dtype == keys.dtype == values.dtype == cos.dtype == torch.bfloat16
+    assert qkv.dtype == cos.dtype == torch.bfloat16
+    assert keys.dtype == values.dtype
+    assert keys.dtype in (torch.bfloat16, torch.float8_e4m3fn)
     assert qkv.shape[1] == (num_heads + 2 * kv_heads) * head_dim
     assert qkv.stride(1) == 1
     assert values.shape == keys.shape

@@ -15,13 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ....quant.gpu.device import on_own_device
-from ....quant.gpu.quantize import row_tiles, write_fp8, write_nvfp4
+from ....quant.gpu.quantize import quantize_fp8, quantize_nvfp4, row_tiles, write_fp8, write_nvfp4
+
+COLS = 2048  # of a program of `silu_and_mul`
+MOST_COLS = 16384  # of a row that a program can hold; a longer one takes two launches, to the same bits
 
 
 @triton.jit
-def _load_gated(gate_up_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr):
+def _load_gated(gate_up_ptr, rows, cols, num_rows, K):
     """silu(gate) * up of gate_up [num_rows, 2 K], as values of BF16 in float32; zeros outside."""
-    cols = tl.arange(0, BLOCK_K)
     mask = (rows < num_rows)[:, None] & (cols < K)[None, :]
     offset = rows.to(tl.int64)[:, None] * (2 * K) + cols[None, :]
     gate = tl.load(gate_up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -31,9 +33,9 @@ def _load_gated(gate_up_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _bf16_kernel(gate_up_ptr, out_ptr, num_rows, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    x = _load_gated(gate_up_ptr, rows, num_rows, K, BLOCK_K)
+def _bf16_kernel(gate_up_ptr, out_ptr, num_rows, K, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    x = _load_gated(gate_up_ptr, rows, cols, num_rows, K)
     offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(out_ptr + offset, x.to(tl.bfloat16), mask=(rows < num_rows)[:, None] & (cols < K)[None, :])
 
@@ -51,7 +53,7 @@ def _fp8_kernel(
     STATIC: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x = _load_gated(gate_up_ptr, rows, num_rows, K, BLOCK_K)
+    x = _load_gated(gate_up_ptr, rows, tl.arange(0, BLOCK_K), num_rows, K)
     write_fp8(x, rows, static_ptr, codes_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, STATIC)
 
 
@@ -69,7 +71,7 @@ def _nvfp4_kernel(
     STATIC: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x = _load_gated(gate_up_ptr, rows, num_rows, K, BLOCK_K)
+    x = _load_gated(gate_up_ptr, rows, tl.arange(0, BLOCK_K), num_rows, K)
     write_nvfp4(x, rows, static_ptr, codes_ptr, scales_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, 0, STATIC)
 
 
@@ -78,10 +80,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """BF16 [M, 2 K], gate and up side by side -> silu(gate) * up, BF16 [M, K]."""
     gate_up, num_rows, K = _rows(gate_up)
     out = gate_up.new_empty(num_rows, K)
-    rows, block_k, warps = row_tiles(K, 512)
+    rows, block_k, warps = row_tiles(min(K, COLS), 512)
     if num_rows:
-        _bf16_kernel[(-(-num_rows // rows),)](
-            gate_up, out, num_rows, K, ROWS=rows, BLOCK_K=block_k, num_warps=warps
+        _bf16_kernel[(-(-num_rows // rows), -(-K // COLS))](
+            gate_up, out, num_rows, K, ROWS=rows, COLS=block_k, num_warps=warps
         )  # fmt: skip
     return out
 
@@ -90,6 +92,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def silu_and_mul_quantize_fp8(gate_up: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """BF16 [M, 2 K] -> E4M3 codes [M, K] of `silu_and_mul`, decode scale (float32 [M], or the static scalar)."""
     gate_up, num_rows, K = _rows(gate_up)
+    if K > MOST_COLS:
+        return quantize_fp8(silu_and_mul(gate_up), input_scale)
     codes = torch.empty(num_rows, K, dtype=torch.float8_e4m3fn, device=gate_up.device)
     token = torch.empty(num_rows, device=gate_up.device) if input_scale is None else input_scale
     rows, block_k, warps = row_tiles(K, 512)
@@ -105,6 +109,8 @@ def silu_and_mul_quantize_fp8(gate_up: Tensor, input_scale: Tensor | None = None
 def silu_and_mul_quantize_nvfp4(gate_up: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """BF16 [M, 2 K] -> what `quantize_nvfp4` returns for `silu_and_mul`, block scales linear."""
     gate_up, num_rows, K = _rows(gate_up)
+    if K > MOST_COLS:
+        return quantize_nvfp4(silu_and_mul(gate_up), input_scale)
     codes = torch.empty(num_rows, K // 2, dtype=torch.uint8, device=gate_up.device)
     scales = torch.empty(num_rows, K // 16, dtype=torch.uint8, device=gate_up.device)
     token = torch.empty(num_rows, device=gate_up.device) if input_scale is None else input_scale

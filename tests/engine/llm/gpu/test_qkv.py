@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from rollmill.engine.llm.layers.norms import NORMS, NormName
 from rollmill.engine.llm.layers.rope import Rope, rotary, select_rotate
+from rollmill.quant.numerics import quantize_fp8_activation
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -113,6 +114,23 @@ def test_padding_tokens_are_written_nowhere():
         written = (cache != 77).flatten(1).any(-1).nonzero()[:, 0]
         assert written.tolist() == sorted(slots[slots >= 0].tolist())
         assert same_bits(cache[written], full[written])
+
+
+def test_an_fp8_cache_gets_codes_and_a_bf16_one_what_they_stand_for():
+    """Some values lie beyond 448 times the scale."""
+    step = Step(SHAPES["4 of 2"], 5)
+    scales = tuple(torch.tensor([scale], device=DEVICE) for scale in (0.004, 0.0123))
+    q, *plain = step.fused(None)
+    codes = step.cache.to(torch.float8_e4m3fn)
+    rounded = step.cache.clone()
+    for cache in (codes, rounded):
+        found = norm_rope_write(step.qkv, None, EPS, "rms", step.rotary, step.slots, *cache, step.heads.q, scales)
+        assert same_bits(found, q)
+    for cached, full, scale in zip(zip(codes, rounded, strict=True), plain, scales, strict=True):
+        expected = quantize_fp8_activation(full[step.slots], scale)
+        assert bool((expected.float().abs() == 448).any())
+        assert same_bits(cached[0][step.slots], expected)
+        assert same_bits(cached[1][step.slots], (expected.float() * scale).bfloat16())
 
 
 def test_strided_rows_and_caches_and_int32_slots():

@@ -14,7 +14,7 @@ from rollmill.moe.activation import silu_and_mul  # noqa: E402
 from rollmill.quant.gpu.quantize import quantize_fp8, quantize_nvfp4  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1, 16), (5, 64), (3, 96), (2, 2048)]
+SHAPES = [(1, 16), (5, 64), (3, 96), (2, 2048), (2, 4112)]
 shapes = pytest.mark.parametrize(("rows", "cols"), SHAPES)
 statics = pytest.mark.parametrize("static", [None, 0.0123], ids=["per token", "static"])
 
@@ -63,6 +63,15 @@ def test_nvfp4_codes_are_those_of_the_bf16_product(rows: int, cols: int, static:
     given = None if static is None else torch.tensor(static, device=DEVICE)
     found, expected = silu.silu_and_mul_quantize_nvfp4(x, given), quantize_nvfp4(silu.silu_and_mul(x), given)
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_rows_too_long_for_one_program_have_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    x = gate_up(3, 96)
+    short = silu.silu_and_mul_quantize_fp8(x), silu.silu_and_mul_quantize_nvfp4(x)
+    monkeypatch.setattr(silu, "MOST_COLS", 64)
+    long = silu.silu_and_mul_quantize_fp8(x), silu.silu_and_mul_quantize_nvfp4(x)
+    for found, expected in zip(long, short, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_no_rows():
