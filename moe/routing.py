@@ -1,10 +1,11 @@
-"""Which experts a token goes to: the reference routers."""
+"""Which experts a token goes to: the reference routers, and a kernel for the plain softmax on a GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..quant.scheme import has_kernels
 from .config import MoeConfig
 
 
@@ -14,6 +15,10 @@ def route(logits: Tensor, config: MoeConfig, bias: Tensor | None = None) -> tupl
     softmax: probabilities over all experts, the best `top_k` (Qwen3-MoE; with `renormalize` also Mixtral).
     sigmoid: DeepSeek-V3, arXiv 2412.19437 eq. 12-16: `bias` [num_experts] moves the choice, never the weights.
     """
+    if has_kernels(logits) and config.scoring == "softmax" and config.n_group == 1 and bias is None:
+        from .gpu.routing import route_softmax
+
+        return route_softmax(logits, config.top_k, config.renormalize, config.routed_scaling_factor)
     logits = logits.float()
     scores = logits.softmax(-1) if config.scoring == "softmax" else sigmoid(logits)
     choice = scores if bias is None else scores + bias.float()

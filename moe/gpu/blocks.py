@@ -16,6 +16,7 @@ from torch import Tensor
 from ...quant.gpu.device import on_own_device
 
 CHUNK = 1024  # pairs, or places, of a program
+MOST_PAIRS = 4096  # of one program that does it all: a decoding step has few, and a launch takes longer than they do
 
 
 @triton.jit
@@ -35,7 +36,6 @@ def _place_kernel(
     pairs_ptr,
     experts_ptr,
     num_pairs,
-    num_blocks,
     num_experts,
     BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -44,17 +44,64 @@ def _place_kernel(
     """Writes a chunk of the pairs to their places; the first program also says which expert owns which block."""
     expert = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0)
-    blocks = (counts + BLOCK - 1) // BLOCK
-    first_block = tl.cumsum(blocks, 0) - blocks
     pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     exists = pair < num_pairs
     own = tl.load(ids_ptr + pair, mask=exists, other=0).to(tl.int32)
-    start = tl.gather(first_block, own, 0) * BLOCK
-    tl.store(pairs_ptr + start + tl.load(rank_ptr + pair, mask=exists, other=0), pair, mask=exists)
+    rank = tl.load(rank_ptr + pair, mask=exists, other=0)
+    blocks, first_block = _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK)
     if tl.program_id(0) == 0:
-        most = tl.max(blocks, axis=0)
-        for i in range(most):
-            tl.store(experts_ptr + first_block + i, expert, mask=i < blocks)
+        _own_blocks(experts_ptr, expert, blocks, first_block)
+
+
+@triton.jit
+def _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK: tl.constexpr):
+    """Writes pairs to their places; every expert's number of blocks, and its first one."""
+    blocks = (counts + BLOCK - 1) // BLOCK
+    first_block = tl.cumsum(blocks, 0) - blocks
+    tl.store(pairs_ptr + tl.gather(first_block, own, 0) * BLOCK + rank, pair, mask=exists)
+    return blocks, first_block
+
+
+@triton.jit
+def _own_blocks(experts_ptr, expert, blocks, first_block):
+    for i in range(tl.max(blocks, axis=0)):
+        tl.store(experts_ptr + first_block + i, expert, mask=i < blocks)
+
+
+@triton.jit
+def _fill(ptr, value, size, CHUNK: tl.constexpr):
+    for start in range(0, size, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        tl.store(ptr + at, tl.zeros((CHUNK,), tl.int32) + value, mask=at < size)
+
+
+@triton.jit
+def _one_program_kernel(
+    ids_ptr,
+    counts_ptr,
+    pairs_ptr,
+    experts_ptr,
+    num_pairs,
+    num_blocks,
+    num_experts,
+    BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Both kernels, and what fills their outputs before; its threads meet where one needs what others wrote."""
+    expert, pair = tl.arange(0, EXPERTS), tl.arange(0, PAIRS)
+    exists = pair < num_pairs
+    own = tl.load(ids_ptr + pair, mask=exists, other=0).to(tl.int32)
+    _fill(counts_ptr, 0, num_experts, CHUNK)
+    _fill(pairs_ptr, num_pairs, num_blocks * BLOCK, CHUNK)
+    _fill(experts_ptr, -1, num_blocks, CHUNK)
+    tl.debug_barrier()
+    rank = tl.atomic_add(counts_ptr + own, 1, mask=exists, sem="relaxed")
+    tl.debug_barrier()
+    counts = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0, cache_modifier=".cg")
+    blocks, first_block = _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK)
+    _own_blocks(experts_ptr, expert, blocks, first_block)
 
 
 @on_own_device
@@ -63,16 +110,40 @@ def make_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
 
     There are as many blocks as there can be at the most; the expert of those that are not needed is -1.
     """
-    num_pairs, device = ids.numel(), ids.device
+    num_pairs = ids.numel()
     num_blocks = num_pairs // block + min(num_experts, num_pairs)
+    if num_pairs > MOST_PAIRS:
+        return _make_many(ids, num_experts, block, num_blocks)
+    counts, pairs, experts = (
+        torch.empty(size, dtype=torch.int32, device=ids.device)
+        for size in (num_experts, num_blocks * block, num_blocks)
+    )
+    size = max(128, _power_of_two(num_pairs))  # no thread without a pair: an atomic's result need not be passed on
+    if num_pairs:
+        _one_program_kernel[(1,)](
+            ids, counts, pairs, experts, num_pairs, num_blocks, num_experts,
+            BLOCK=block, EXPERTS=_power_of_two(num_experts), PAIRS=size, CHUNK=CHUNK,
+            num_warps=min(16, size // 32),
+        )  # fmt: skip
+    return pairs, experts
+
+
+def _make_many(ids: Tensor, num_experts: int, block: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """In two launches, a program for every `CHUNK` pairs."""
+    num_pairs, device = ids.numel(), ids.device
     counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
     rank = torch.empty(num_pairs, dtype=torch.int32, device=device)
     pairs = torch.full((num_blocks * block,), num_pairs, dtype=torch.int32, device=device)
     experts = torch.full((num_blocks,), -1, dtype=torch.int32, device=device)
-    grid, experts_power = (-(-num_pairs // CHUNK),), 1 << (num_experts - 1).bit_length()
+    grid = (-(-num_pairs // CHUNK),)
     _count_kernel[grid](ids, counts, rank, num_pairs, CHUNK=CHUNK)
     _place_kernel[grid](
-        ids, counts, rank, pairs, experts, num_pairs, num_blocks, num_experts,
-        BLOCK=block, EXPERTS=experts_power, CHUNK=CHUNK,
+        ids, counts, rank, pairs, experts, num_pairs, num_experts,
+        BLOCK=block, EXPERTS=_power_of_two(num_experts), CHUNK=CHUNK,
     )  # fmt: skip
     return pairs, experts
+
+
+def _power_of_two(count: int) -> int:
+    """The next one."""
+    return 1 << (count - 1).bit_length()

@@ -32,8 +32,8 @@ NONE, ONE, EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # static sc
 
 
 @triton.jit
-def _load_rows(x_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr, REPEAT: tl.constexpr):
-    """Float32 [ROWS, BLOCK_K], every row of x REPEAT times."""
+def load_rows(x_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr, REPEAT: tl.constexpr):
+    """Float32 [ROWS, BLOCK_K], every row of x [num_rows / REPEAT, K] REPEAT times; zeros outside."""
     cols = tl.arange(0, BLOCK_K)
     mask = (rows < num_rows)[:, None] & (cols < K)[None, :]
     source = (rows // REPEAT).to(tl.int64)[:, None] * K
@@ -49,19 +49,8 @@ def _static_scale(static_ptr, rows, num_rows, STATIC: tl.constexpr):
 
 
 @triton.jit
-def _nvfp4_rows(
-    x_ptr,
-    static_ptr,
-    rows,
-    num_rows,
-    K,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STATIC: tl.constexpr,
-    REPEAT: tl.constexpr,
-):
+def _nvfp4_rows(x, rows, static_ptr, num_rows, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, STATIC: tl.constexpr):
     """Codes int32 [ROWS, BLOCK_K / 16, 16], block scales E4M3 [ROWS, BLOCK_K / 16], decode scales [ROWS]."""
-    x = _load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
     blocks = tl.reshape(x, (ROWS, BLOCK_K // 16, 16))
     block_amax = tl.max(tl.abs(blocks), axis=2)
     if STATIC:
@@ -79,6 +68,38 @@ def _nvfp4_rows(
 
 
 @triton.jit
+def write_nvfp4(
+    x,
+    rows,
+    static_ptr,
+    codes_ptr,
+    scales_ptr,
+    token_ptr,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """Rows of float32 x [ROWS, BLOCK_K], zero beyond K: their codes, block scales and (not STATIC) decode scales."""
+    inside = rows < num_rows
+    codes, scale, decode = _nvfp4_rows(x, rows, static_ptr, num_rows, ROWS, BLOCK_K, STATIC)
+    if not STATIC:
+        tl.store(token_ptr + rows, decode, mask=inside)
+    words = pack_codes(tl.reshape(codes, (ROWS, BLOCK_K)), ROWS, BLOCK_K)
+    word = tl.arange(0, BLOCK_K // 8)
+    tl.store(
+        codes_ptr + rows.to(tl.int64)[:, None] * (K // 8) + word[None, :],
+        words,
+        mask=inside[:, None] & (word < K // 8)[None, :],
+    )
+    block = tl.arange(0, BLOCK_K // 16)
+    offset = scale_offset(rows.to(tl.int64)[:, None], block[None, :], K // 16, LAYOUT)
+    tl.store(scales_ptr + offset, scale.to(tl.uint8, bitcast=True), mask=inside[:, None] & (block < K // 16)[None, :])
+
+
+@triton.jit
 def _nvfp4_kernel(
     x_ptr,
     static_ptr,
@@ -93,20 +114,8 @@ def _nvfp4_kernel(
     STATIC: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC, 1)
-    if not STATIC:
-        tl.store(token_ptr + rows, decode, mask=inside)
-    words = pack_codes(tl.reshape(codes, (ROWS, BLOCK_K)), ROWS, BLOCK_K)
-    word = tl.arange(0, BLOCK_K // 8)
-    tl.store(
-        codes_ptr + rows.to(tl.int64)[:, None] * (K // 8) + word[None, :],
-        words,
-        mask=inside[:, None] & (word < K // 8)[None, :],
-    )
-    block = tl.arange(0, BLOCK_K // 16)
-    offset = scale_offset(rows.to(tl.int64)[:, None], block[None, :], K // 16, LAYOUT)
-    tl.store(scales_ptr + offset, scale.to(tl.uint8, bitcast=True), mask=inside[:, None] & (block < K // 16)[None, :])
+    x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, 1)
+    write_nvfp4(x, rows, static_ptr, codes_ptr, scales_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, LAYOUT, STATIC)
 
 
 @triton.jit
@@ -123,7 +132,8 @@ def _nvfp4_products_kernel(
     REPEAT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    codes, scale, decode = _nvfp4_rows(x_ptr, static_ptr, rows, num_rows, K, ROWS, BLOCK_K, STATIC, REPEAT)
+    x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
+    codes, scale, decode = _nvfp4_rows(x, rows, static_ptr, num_rows, ROWS, BLOCK_K, STATIC)
     if not STATIC:
         tl.store(token_ptr + rows, decode, mask=rows < num_rows)
     products = tl.reshape(e2m1_value(codes) * scale.to(tl.float32)[:, :, None], (ROWS, BLOCK_K)).to(tl.bfloat16)
@@ -150,7 +160,7 @@ def quantize_nvfp4(
     else:
         scales = torch.empty(num_rows, K // 16, dtype=torch.uint8, device=x.device)
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
-    rows, block_k, warps = _tiles(K, 1024)
+    rows, block_k, warps = row_tiles(K, 1024)
     if num_rows:
         _nvfp4_kernel[(-(-num_rows // rows),)](
             x,
@@ -179,7 +189,7 @@ def nvfp4_products(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1
     num_rows, K = len(x) * repeat, x.shape[1]
     products = x.new_empty(num_rows, K)
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
-    rows, block_k, warps = _tiles(K, 1024)
+    rows, block_k, warps = row_tiles(K, 1024)
     if num_rows:
         _nvfp4_products_kernel[(-(-num_rows // rows),)](
             x,
@@ -198,6 +208,38 @@ def nvfp4_products(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1
 
 
 @triton.jit
+def write_fp8(
+    x,
+    rows,
+    static_ptr,
+    codes_ptr,
+    token_ptr,
+    num_rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """Rows of float32 x [ROWS, BLOCK_K], zero beyond K: their codes and (not STATIC) decode scales."""
+    cols = tl.arange(0, BLOCK_K)
+    inside = rows < num_rows
+    if STATIC:
+        scale = _static_scale(static_ptr, rows, num_rows, STATIC)
+    else:
+        amax = tl.max(tl.abs(x), axis=1)
+        scale = tl.div_rn(amax, 448.0 + amax * 0)
+        scale = tl.where(scale > 0, scale, 1.0)
+        tl.store(token_ptr + rows, scale, mask=inside)
+    if tl.min(scale, axis=0) >= LEAST_SCALE:
+        values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
+    else:
+        values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(codes_ptr + offset, values.to(tl.float8e4nv), mask=inside[:, None] & (cols < K)[None, :])
+
+
+@triton.jit
 def _fp8_kernel(
     x_ptr,
     static_ptr,
@@ -211,24 +253,8 @@ def _fp8_kernel(
     REPEAT: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_K)
-    inside = rows < num_rows
-    offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    mask = inside[:, None] & (cols < K)[None, :]
-    x = _load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
-    if STATIC:
-        scale = _static_scale(static_ptr, rows, num_rows, STATIC)
-    else:
-        amax = tl.max(tl.abs(x), axis=1)
-        scale = tl.div_rn(amax, 448.0 + amax * 0)
-        scale = tl.where(scale > 0, scale, 1.0)
-        tl.store(token_ptr + rows, scale, mask=inside)
-    if tl.min(scale, axis=0) >= LEAST_SCALE:
-        values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
-    else:
-        values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(codes_ptr + offset, values.to(tl.float8e4nv), mask=mask)
+    x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
+    write_fp8(x, rows, static_ptr, codes_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, STATIC)
 
 
 @on_own_device
@@ -240,7 +266,7 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1) 
     num_rows, K = len(x) * repeat, x.shape[1]
     codes = torch.empty(num_rows, K, dtype=torch.float8_e4m3fn, device=x.device)
     token = torch.empty(num_rows, device=x.device) if input_scale is None else input_scale
-    rows, block_k, warps = _tiles(K, 512)
+    rows, block_k, warps = row_tiles(K, 512)
     if num_rows:
         _fp8_kernel[(-(-num_rows // rows),)](
             x,
@@ -264,7 +290,7 @@ def _mode(input_scale: Tensor | None) -> int:
     return ONE.value if input_scale.numel() == 1 else EACH.value
 
 
-def _tiles(K: int, thread_tile: int) -> tuple[int, int, int]:
+def row_tiles(K: int, thread_tile: int) -> tuple[int, int, int]:
     """Rows a program, columns rounded up to a power of two, warps: 16 elements a thread or more."""
     block_k = max(16, _power_of_two(K))
     rows = max(1, 2048 // block_k)

@@ -27,9 +27,7 @@ class ExactKernel:
         assert isinstance(scheme, FP8 | NVFP4)
         self.scheme, self.shape, self.dtype = scheme, shape, dtype
         self.packed_dtype = product_dtype(dtype, capability)
-        static = scheme.activation == "static" and len(shape.rows) > 1
-        # why not in a CUDA graph
-        self.uncapturable = "exact looks whether the input scales of fused shards are equal" if static else None
+        self.looks_at_scales = capability.sm is None
 
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
@@ -55,7 +53,7 @@ class ExactKernel:
 
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         input_scale = packed.get("input_scale")
-        if input_scale is None or len(input_scale) == 1 or bool((input_scale == input_scale[0]).all()):
+        if input_scale is None or self._all_equal(input_scale):
             out = self._matmul(x, packed["weight"], packed["row_scale"], input_scale)
         else:  # shards of a foreign checkpoint with unequal input scales keep them
             parts = [self.shape.shard_slice(shard) for shard in range(len(self.shape.rows))]
@@ -65,6 +63,11 @@ class ExactKernel:
             ]
             out = torch.cat(outs, dim=-1)
         return (out if bias is None else out.add_(bias)).to(self.dtype)
+
+    def _all_equal(self, input_scale: Tensor) -> bool:
+        """Whether one product serves all shards. To ask a GPU is to wait for it, and what a CUDA graph holds must stay
+        right when a swap brings unequal scales: there, shards are multiplied one by one."""
+        return len(input_scale) == 1 or (self.looks_at_scales and bool((input_scale == input_scale[0]).all()))
 
     def _matmul(self, x: Tensor, weight: Tensor, row_scale: Tensor, input_scale: Tensor | None) -> Tensor:
         """float32 [num_tokens, rows of weight]"""

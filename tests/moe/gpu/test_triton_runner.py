@@ -12,7 +12,8 @@ from rollmill.quant import FP8, NVFP4, Capability, UnsupportedError, WeightShape
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402 (after the conftest's set-up)
+from rollmill.moe.gpu import blocks  # noqa: E402 (after the conftest's set-up)
+from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402
 from rollmill.moe.gpu.pack import pack_nvfp4  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,11 +159,17 @@ def test_unequal_input_scales_of_gate_and_up_are_refused(name: str):
     assert any("reference" in reason for reason in error.value.reasons)
 
 
+@pytest.mark.parametrize("launches", ["one launch", "two launches"])
+@pytest.mark.parametrize("tokens", [1, 37, 500])
 @pytest.mark.parametrize("block", [16, 32])
-def test_blocks_hold_every_pair_once_with_its_expert(block: int):
-    ids = torch.randint(0, 6, (37, 3), generator=torch.Generator().manual_seed(2))
+def test_blocks_hold_every_pair_once_with_its_expert(
+    block: int, tokens: int, launches: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(blocks, "MOST_PAIRS", 1 << 12 if launches == "one launch" else 0)
+    ids = torch.randint(0, 6, (tokens, 3), generator=torch.Generator().manual_seed(2))
     pairs, experts = (t.cpu() for t in make_blocks(ids.to(DEVICE), 8, block))
     flat = ids.flatten()
+    assert bool((pairs <= flat.numel()).all())
     assert sorted(pairs[pairs < flat.numel()].tolist()) == list(range(flat.numel()))
     for expert, rows in zip(experts.tolist(), pairs.view(-1, block), strict=True):
         real = rows[rows < flat.numel()]

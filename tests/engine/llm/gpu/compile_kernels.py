@@ -1,0 +1,110 @@
+"""Compiles the fused kernels of a decoding step ahead of time, without a GPU, and prints what each needs, as JSON: run
+in a process of its own (the interpreter's switch must be off).
+
+    python compile_kernels.py 90 100 103 120
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rollmill.engine.llm.gpu import norms, qkv, silu
+from rollmill.moe.gpu import blocks, routing
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BF16, FP32, FP8, I32, I64, U8 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64", "*u8"
+SIXTEENS = ("K", "qkv_stride", "key_stride", "value_stride", "num_experts")  # multiples of 16, as Triton finds them
+SIZES = {"num_rows": "i32", "K": "i32"}
+TOKEN = {"token_ptr": FP32}
+NORM = {
+    **{f"{name}_ptr": BF16 for name in ("x", "y", "weight")},
+    "static_ptr": FP32,
+    **{f"{name}_ptr": BF16 for name in ("sum", "out")},
+    "codes_ptr": FP8,
+    **TOKEN,
+    **SIZES,
+    "share": "fp32",
+    "eps": "fp32",
+}
+QKV = {
+    **{f"{name}_ptr": BF16 for name in ("qkv", "q_weight", "k_weight", "cos", "sin")},
+    "slots_ptr": I64,
+    **{f"{name}_ptr": BF16 for name in ("q", "keys", "values")},
+    **dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), FP32),
+    "eps": "fp32",
+    **dict.fromkeys(("qkv_stride", "key_stride", "value_stride"), "i32"),
+}
+ROUTE = {"logits_ptr": BF16, "ids_ptr": I64, "weights_ptr": FP32, "num_experts": "i32", "scaling": "fp32"}
+BLOCKS = {
+    "ids_ptr": I64,
+    **dict.fromkeys(("counts_ptr", "pairs_ptr", "experts_ptr"), I32),
+    **dict.fromkeys(("num_pairs", "num_blocks", "num_experts"), "i32"),
+}
+GATED = {"gate_up_ptr": BF16, "static_ptr": FP32}
+ROW = {"ROWS": 1, "BLOCK_K": 2048}  # Qwen3-30B-A3B's hidden size
+WIDE = {"ROWS": 1, "BLOCK_K": 16384}  # the most of an intermediate size
+LARGE = {"ROWS": 1, "BLOCK_K": 8192}  # the hidden size of a 70B model
+NORM_OF = {"KIND": "rms", "ADD": True, "NORMED": True, "QUANTIZE": False, "STATIC": False}
+HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 4, "HEAD_DIM": 128, "ROTARY_DIM": 128, "COLS": 128, "HEADS": 4}
+
+
+def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Name -> kernel, signature, constants, warps."""
+    quantized = NORM_OF | {"QUANTIZE": True}
+    routed = {"TOP_K": 8, "CHOICES": 8, "RENORMALIZE": True}
+    partly = {"ROTARY_DIM": 64, "NORM": "none", "CACHE": "bf16"}
+    fp8_cache = QKV | {"keys_ptr": FP8, "values_ptr": FP8}
+    blocked = {"EXPERTS": 128, "CHUNK": 1024}
+    nvfp4 = GATED | {"codes_ptr": I32, "scales_ptr": U8} | TOKEN | SIZES
+    fp8 = GATED | {"codes_ptr": FP8} | TOKEN | SIZES
+    return {
+        "add_rms_norm": (norms._norm_kernel, NORM, NORM_OF | ROW, 4),
+        "add_rms_norm_quantize_fp8": (norms._norm_kernel, NORM, quantized | ROW, 4),
+        "add_rms_norm_quantize_fp8 large": (norms._norm_kernel, NORM, quantized | LARGE, 16),
+        "norm_rope_write": (qkv._qkv_kernel, QKV, HEADS | {"NORM": "rms", "CACHE": "bf16"}, 2),
+        "norm_rope_write partly turned": (qkv._qkv_kernel, QKV, HEADS | partly, 2),
+        "norm_rope_write fp8": (qkv._qkv_kernel, fp8_cache, HEADS | {"NORM": "rms", "CACHE": "fp8"}, 2),
+        "route_softmax 128": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 128}, 1),
+        "route_softmax 512": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 512}, 4),
+        "make_blocks 8": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 16, "PAIRS": 128}, 4),
+        "make_blocks 4096": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 64, "PAIRS": 4096}, 16),
+        "silu_and_mul": (
+            silu._bf16_kernel,
+            {"gate_up_ptr": BF16, "out_ptr": BF16} | SIZES,
+            {"ROWS": 1, "COLS": 2048},
+            4,
+        ),
+        "silu_and_mul_quantize_fp8": (silu._fp8_kernel, fp8, WIDE | {"STATIC": False}, 16),
+        "silu_and_mul_quantize_nvfp4": (silu._nvfp4_kernel, nvfp4, WIDE | {"STATIC": False}, 16),
+    }
+
+
+def compile_one(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
+) -> dict[str, Any]:
+    whole = signature | dict.fromkeys(constants, "constexpr")
+    multiples = [kind.startswith("*") or name in SIXTEENS for name, kind in whole.items()]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, multiple in enumerate(multiples) if multiple}
+    source = ASTSource(kernel, signature=whole, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(compiled.asm["cubin"])
+        command = [str(BINARIES / "cuobjdump"), "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"shared": compiled.metadata.shared, **found}
+
+
+if __name__ == "__main__":
+    sms = [int(sm) for sm in sys.argv[1:]]
+    print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for sm in sms for name, parts in kernels().items()}))
