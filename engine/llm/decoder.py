@@ -15,20 +15,23 @@ from .decoder_config import DecoderConfig
 from .layers.attention import Attention
 from .layers.latent_attention import LatentAttention
 from .layers.mlp import MLP
-from .layers.norms import NORMS
+from .layers.norms import Norm
 from .layers.rope import Rotary, rotary
 from .layers.sparse_mlp import SparseMLP
 from .parts import Parts
 
 
 class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The last sum is left to who comes next: it is one launch with the norm that follows.
+    """
 
     NORM_BEFORE_MLP = "post_attention_layernorm"
 
     def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_cache: str | None) -> None:
         self.prefix = prefix = f"model.layers.{layer}."
-        self.norm, self.eps, self.kind = NORMS[config.norm], config.rms_norm_eps, config.layers[layer]
+        self.norm, self.kind = Norm(config.norm, config.rms_norm_eps), config.layers[layer]
         self.input_norm = parts.plain(prefix + "input_layernorm", config.hidden_size)
         self.post_norm = parts.plain(prefix + self.NORM_BEFORE_MLP, config.hidden_size)
         latent = config.attention.latent is not None
@@ -36,9 +39,13 @@ class DecoderLayer:
         sparse, size = config.moe is not None and not self.kind.dense, config.intermediate_size
         self.mlp = SparseMLP(parts, config, layer) if sparse else MLP(parts, config, prefix + "mlp.", size)
 
-    def __call__(self, x: Tensor, rotary: Rotary, attend: Attend, routed: list[Tensor] | None) -> Tensor:
-        x = x + self.attention(self.norm(x, self.input_norm, self.eps), rotary, attend)
-        return x + self.feed_forward(self.norm(x, self.post_norm, self.eps), routed)
+    def __call__(
+        self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The input is x + y (None: nothing), and so is the output."""
+        x, normed = self.norm.of_sum(x, y, self.input_norm)
+        x, normed = self.norm.of_sum(x, self.attention(normed, rotary, attend), self.post_norm)
+        return x, self.feed_forward(normed, routed)
 
     def feed_forward(self, x: Tensor, routed: list[Tensor] | None) -> Tensor:
         return self.mlp(x, routed) if isinstance(self.mlp, SparseMLP) else self.mlp(x)
@@ -54,11 +61,13 @@ class SandwichLayer(DecoderLayer):
         self.attention_out_norm = parts.plain(self.prefix + "post_attention_layernorm", config.hidden_size)
         self.mlp_out_norm = parts.plain(self.prefix + "post_feedforward_layernorm", config.hidden_size)
 
-    def __call__(self, x: Tensor, rotary: Rotary, attend: Attend, routed: list[Tensor] | None) -> Tensor:
-        out = self.attention(self.norm(x, self.input_norm, self.eps), rotary, attend)
-        x = x + self.norm(out, self.attention_out_norm, self.eps)
-        out = self.feed_forward(self.norm(x, self.post_norm, self.eps), routed)
-        return x + self.norm(out, self.mlp_out_norm, self.eps)
+    def __call__(
+        self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = self.norm.of_sum(x, y, self.input_norm)
+        y = self.norm(self.attention(normed, rotary, attend), self.attention_out_norm)
+        x, normed = self.norm.of_sum(x, y, self.post_norm)
+        return x, self.norm(self.feed_forward(normed, routed), self.mlp_out_norm)
 
 
 class Decoder:
@@ -73,7 +82,7 @@ class Decoder:
         self.final_norm = parts.plain("model.norm", config.hidden_size)
         head = {"lm_head": config.vocab_size}
         self.head = None if config.tied else parts.linear("", head, config.hidden_size)
-        self.norm = NORMS[config.norm]
+        self.norm = Norm(config.norm, config.rms_norm_eps)
         self.inv_freqs = [rope.inv_freq.to(self.device) for rope in config.ropes]
         scale = config.embed_scale
         self.embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
@@ -85,10 +94,6 @@ class Decoder:
         for layer in self.layers:
             if isinstance(layer.mlp, SparseMLP) and not layer.mlp.experts.runner.capturable:
                 return f"the MoE runner {layer.mlp.experts.runner.name} asks the host"
-        for slot in self.slots:
-            reason = getattr(slot.packer, "uncapturable", None)
-            if reason is not None:
-                return f"{slot.name}: {reason}"
         return None
 
     @property
@@ -111,12 +116,12 @@ class Decoder:
             rotary(inv_freq, rope.factor, positions, self.dtype)
             for inv_freq, rope in zip(self.inv_freqs, self.config.ropes, strict=True)
         ]
-        x = F.embedding(ids, self.embed).to(self.dtype)
+        x, y = F.embedding(ids, self.embed).to(self.dtype), None
         if self.embed_scale is not None:
             x = x * self.embed_scale
         for layer in self.layers:
-            x = layer(x, rotaries[layer.kind.rope], attend, routed)
-        return self.norm(x, self.final_norm, self.config.rms_norm_eps)
+            x, y = layer(x, y, rotaries[layer.kind.rope], attend, routed)
+        return self.norm.of_sum(x, y, self.final_norm)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from msgspec import Struct
 from torch import Tensor
 
-from .attention import AttentionSpec
+from .attention import AttentionSpec, CachedAttend
 from .kv_cache import KVCache
 from .page_pool import PAGE_SIZE
 
@@ -35,7 +35,7 @@ class _Group(Struct, frozen=True):
         return self.positions.shape
 
 
-class PagedAttention:
+class PagedAttention(CachedAttend):
     """Writes the new keys and values of all spans, then attends each span to its own sequence.
 
     All spans are written before any is read, so a sequence may share pages that another fills in the same step.
@@ -50,10 +50,8 @@ class PagedAttention:
         self.groups = _make_groups(spans, device)
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
-    def __call__(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def read(self, spec: AttentionSpec, q: Tensor, sinks: Tensor | None = None) -> Tensor:
         keys, values = self.cache.keys[spec.layer], self.cache.values[spec.layer]
-        keys.index_copy_(0, self.slots, k)
-        values.index_copy_(0, self.slots, v)
         if len(self.groups) == 1:
             return self._attend(0, spec, q, keys, values, sinks)
         out = q.new_empty(*q.shape[:2], spec.value_dim)

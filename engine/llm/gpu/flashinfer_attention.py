@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....quant import Capability
 from ....quant.flashinfer_api.library import import_flashinfer
-from ..attention import AttentionSpec
+from ..attention import AttentionSpec, CachedAttend
 from ..kv_cache import KVCache
 from ..page_pool import PAGE_SIZE
 from ..paged_attention import Span
@@ -91,19 +91,14 @@ class FlashInferAttention:
         }
 
 
-class StepAttention:
-    """Writes a step's keys and values at `slots`, then attends with what was planned."""
+class StepAttention(CachedAttend):
+    """Attends with what was planned for the step."""
 
     def __init__(self, cache: KVCache, slots: Tensor, wrappers: dict[Kind, Any]) -> None:
         self.cache, self.slots, self.wrappers = cache, slots, wrappers
 
-    def __call__(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        self.cache.keys[spec.layer].index_copy_(0, self.slots, k)
-        self.cache.values[spec.layer].index_copy_(0, self.slots, v)
-        return self.read(spec, q)
-
-    def read(self, spec: AttentionSpec, q: Tensor) -> Tensor:
-        """q [num_tokens, heads, head_dim] against the cache, which holds these tokens' keys and values already."""
+    def read(self, spec: AttentionSpec, q: Tensor, sinks: Tensor | None = None) -> Tensor:
+        assert sinks is None
         pages = tuple(
             tensor[spec.layer].view(-1, PAGE_SIZE, *tensor.shape[2:]) for tensor in (self.cache.keys, self.cache.values)
         )

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ....quant import Plain
 from ....quant.numerics import decode_fp8, quantize_fp8_activation
-from ..attention import Attend, AttentionSpec
+from ..attention import Attend, AttentionSpec, CachedAttend
 from ..decoder_config import DecoderConfig
 from ..parts import Parts
-from .norms import NORMS
+from .fused import has_fused_kernels
+from .norms import Norm
 from .rope import Rotary, select_rotate
 
 
@@ -36,8 +37,10 @@ class Attention:
         self.qkv = parts.linear(prefix, self.rows, config.hidden_size, bias=attention.qkv_bias, fused="qkv_proj")
         out = {"o_proj": config.hidden_size}
         self.out = parts.linear(prefix, out, self.rows["q_proj"], bias=attention.out_bias)
-        self.norm, self.eps = NORMS[config.norm], config.rms_norm_eps
-        self.rotate = select_rotate(config.ropes[kind.rope], head_dim)
+        self.norm = Norm(config.norm, config.rms_norm_eps)
+        rope = config.ropes[kind.rope]
+        self.rotate = select_rotate(rope, head_dim)
+        self.fusible = attention.qk_norm != "row" and not rope.interleaved  # what `gpu/qkv.py` computes
         if attention.qk_norm is not None:
             per_head = attention.qk_norm == "head"
             self.q_norm = parts.plain(prefix + "q_norm", head_dim if per_head else self.rows["q_proj"])
@@ -46,21 +49,45 @@ class Attention:
         self.sinks = parts.plain(prefix[:-1], attention.num_heads, scheme=sinks) if attention.sinks else None
         self.kv_scales = None if kv_cache is None else self._kv_scales(parts)
 
-    def _kv_scales(self, parts: Parts) -> list[Tensor]:
-        schemes = {"k_proj": Plain(torch.float32, "k_scale"), "v_proj": Plain(torch.float32, "v_scale")}
-        return [parts.plain(self.prefix + module, 1, scheme=s, kept=True) for module, s in schemes.items()]
+    def _kv_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Of k and v."""
+        k, v = Plain(torch.float32, "k_scale"), Plain(torch.float32, "v_scale")
+        return (
+            parts.plain(self.prefix + "k_proj", 1, scheme=k, kept=True),
+            parts.plain(self.prefix + "v_proj", 1, scheme=v, kept=True),
+        )
 
     def __call__(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        q, k, v = self.qkv(x).split(list(self.rows.values()), -1)
+        qkv = self.qkv(x)
+        if self.fusible and isinstance(attend, CachedAttend) and has_fused_kernels(qkv):
+            out = self._attend_fused(qkv, rotary, attend)
+        else:
+            out = self._attend(qkv, rotary, attend)
+        return self.out(out.flatten(-2))
+
+    def _attend_fused(self, qkv: Tensor, rotary: Rotary, attend: CachedAttend) -> Tensor:
+        """One launch from q, k, v to the cache."""
+        from ..gpu.qkv import norm_rope_write
+
+        cache, layer, norm = attend.cache, self.spec.layer, self.norm
+        norms = None if self.config.qk_norm is None else (self.q_norm, self.k_norm)
+        q = norm_rope_write(
+            qkv, norms, norm.eps, norm.name, rotary, attend.slots,
+            cache.keys[layer], cache.values[layer], self.config.num_heads, self.kv_scales,
+        )  # fmt: skip
+        return attend.read(self.spec, q, self.sinks)
+
+    def _attend(self, qkv: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        q, k, v = qkv.split(list(self.rows.values()), -1)
         if self.config.qk_norm == "row":
-            q, k = self.norm(q, self.q_norm, self.eps), self.norm(k, self.k_norm, self.eps)
+            q, k = self.norm(q, self.q_norm), self.norm(k, self.k_norm)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
         if self.config.qk_norm == "head":
-            q, k = self.norm(q, self.q_norm, self.eps), self.norm(k, self.k_norm, self.eps)
+            q, k = self.norm(q, self.q_norm), self.norm(k, self.k_norm)
         q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
         if self.kv_scales is not None:
             k, v = (_round_to_fp8(value, scale) for value, scale in zip((k, v), self.kv_scales, strict=True))
-        return self.out(attend(self.spec, q, k, v, self.sinks).flatten(-2))
+        return attend(self.spec, q, k, v, self.sinks)
 
 
 def _round_to_fp8(x: Tensor, scale: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..attention import Attend, AttentionSpec
 from ..decoder_config import DecoderConfig
 from ..parts import Parts
-from .norms import NORMS
+from .norms import Norm
 from .rope import Rotary, select_rotate
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever `rms_norm_eps` says
@@ -39,7 +39,7 @@ class LatentAttention:
         self.kv_b = parts.linear(prefix, {"kv_b_proj": heads * (latent.nope_dim + latent.value_dim)}, latent.kv_rank)
         out = {"o_proj": config.hidden_size}
         self.out = parts.linear(prefix, out, heads * latent.value_dim, bias=attention.out_bias)
-        self.norm = NORMS[config.norm]
+        self.norm = Norm(config.norm, LATENT_EPS)
         self.rotate = select_rotate(config.ropes[kind.rope], latent.rope_dim)
 
     def _make_queries(self, parts: Parts, config: DecoderConfig, rows: int) -> None:
@@ -53,7 +53,7 @@ class LatentAttention:
 
     def __call__(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         latent, k_rope = self.kv_a(x).split([self.config.kv_rank, self.config.rope_dim], -1)
-        kv = self.kv_b(self.norm(latent, self.kv_norm, LATENT_EPS)).unflatten(-1, (self.num_heads, -1))
+        kv = self.kv_b(self.norm(latent, self.kv_norm)).unflatten(-1, (self.num_heads, -1))
         k_nope, v = kv.split([self.config.nope_dim, self.config.value_dim], -1)
         k_rope = self.rotate(k_rope[:, None], *rotary).expand(-1, self.num_heads, -1)
         q = self._queries(x, rotary)
@@ -62,6 +62,6 @@ class LatentAttention:
     def _queries(self, x: Tensor, rotary: Rotary) -> Tensor:
         """[num_tokens, heads, nope_dim + rope_dim]"""
         if self.q_a is not None:
-            x = self.norm(self.q_a(x), self.q_norm, LATENT_EPS)
+            x = self.norm(self.q_a(x), self.q_norm)
         nope, rope = self.q_b(x).unflatten(-1, (self.num_heads, -1)).split(self.key_split, -1)
         return torch.cat([nope, self.rotate(rope, *rotary)], -1)

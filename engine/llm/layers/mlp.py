@@ -7,6 +7,7 @@ from torch import Tensor
 from ....moe import gated_activation
 from ..decoder_config import DecoderConfig
 from ..parts import Parts
+from .fused import has_fused_kernels
 
 
 class MLP:
@@ -18,6 +19,12 @@ class MLP:
         out = {"down_proj": config.hidden_size}
         self.down = parts.linear(prefix, out, intermediate_size, bias=config.mlp_bias)
         self.activate = gated_activation(config.activation)
+        self.fusible = config.activation == "silu"  # what `gpu/silu.py` computes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.activate(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        if self.fusible and has_fused_kernels(gate_up):
+            from ..gpu.silu import silu_and_mul
+
+            return self.down(silu_and_mul(gate_up))
+        return self.down(self.activate(gate_up))

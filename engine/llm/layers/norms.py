@@ -6,10 +6,37 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
+from .fused import has_fused_kernels
+
 NormName = Literal["rms", "rms_wide", "rms_offset"]
-Norm = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class Norm(Struct, frozen=True):
+    """x [..., K], weight [K] -> [..., K]."""
+
+    name: NormName
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if has_fused_kernels(x):
+            from ..gpu.norms import rms_norm
+
+            return rms_norm(x, weight, self.eps, self.name)
+        return NORMS[self.name](x, weight, self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y (None: nothing) and its norm."""
+        if y is None:
+            return x, self(x, weight)
+        if has_fused_kernels(x):
+            from ..gpu.norms import add_rms_norm
+
+            return add_rms_norm(x, y, weight, self.eps, self.name)
+        x = x + y
+        return x, self(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,4 +59,8 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
-NORMS: dict[NormName, Norm] = {"rms": rms_norm, "rms_wide": rms_norm_wide, "rms_offset": rms_norm_offset}
+NORMS: dict[NormName, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "rms": rms_norm,
+    "rms_wide": rms_norm_wide,
+    "rms_offset": rms_norm_offset,
+}

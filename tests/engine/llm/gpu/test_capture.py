@@ -148,6 +148,10 @@ STEPS: dict[str, Callable[[], Step]] = {
     "exact nvfp4 w4a16": lambda: linear(NVFP4(activation="none"), "exact"),
     "experts fp8": lambda: experts(FP8()),
     "experts nvfp4_w4a16": lambda: experts(NVFP4(activation="none")),
+    "experts nvfp4 per token": lambda: experts(NVFP4()),
+    "triton_nvfp4 w4a16": lambda: linear(NVFP4(activation="none"), "triton_nvfp4"),
+    "triton_nvfp4 per token": lambda: linear(NVFP4(), "triton_nvfp4"),
+    "triton_nvfp4 static": lambda: linear(NVFP4(activation="static"), "triton_nvfp4"),
     "embedding": embedding,
     "fused": fused,
 }
