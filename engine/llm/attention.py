@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from msgspec import Struct
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .kv_cache import KVCache
 
 
 class AttentionSpec(Struct, frozen=True):
@@ -40,22 +37,6 @@ class Attend(Protocol):
         -> [num_tokens, heads, value_dim].
         """
         ...
-
-
-class CachedAttend:
-    """Attention over a KV cache, where the tokens at hand lie at `slots` int64 [num_tokens]."""
-
-    cache: KVCache
-    slots: Tensor
-
-    def __call__(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        self.cache.keys[spec.layer].index_copy_(0, self.slots, k)
-        self.cache.values[spec.layer].index_copy_(0, self.slots, v)
-        return self.read(spec, q, sinks)
-
-    def read(self, spec: AttentionSpec, q: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """As `__call__`, where the cache holds these tokens' keys and values already."""
-        raise NotImplementedError
 
 
 class WholeSequences:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...quant import Capability, UnsupportedError
 from ..config import EngineConfig
-from .attention import CachedAttend
+from .cached_attend import CachedAttend
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .paged_attention import PagedAttention, Span

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from msgspec import Struct
 from torch import Tensor
 
-from .attention import AttentionSpec, CachedAttend
+from .attention import AttentionSpec
+from .cached_attend import CachedAttend
 from .kv_cache import KVCache
 from .page_pool import PAGE_SIZE
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ....quant import Capability
 from ....quant.flashinfer_api.library import import_flashinfer
-from ..attention import AttentionSpec, CachedAttend
+from ..attention import AttentionSpec
+from ..cached_attend import CachedAttend
 from ..kv_cache import KVCache
 from ..page_pool import PAGE_SIZE
 from ..paged_attention import Span

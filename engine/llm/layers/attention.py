@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ....quant import Plain
 from ....quant.numerics import decode_fp8, quantize_fp8_activation
-from ..attention import Attend, AttentionSpec, CachedAttend
+from ..attention import Attend, AttentionSpec
+from ..cached_attend import CachedAttend
 from ..decoder_config import DecoderConfig
 from ..parts import Parts
 from .fused import has_fused_kernels
