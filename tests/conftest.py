@@ -21,6 +21,12 @@ DATA = Path(__file__).parent / "data"
 LLM = DATA / "llm"
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers on every run, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def modelopt_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """`modelopt_folder("qwen3", "fp8")`: an exported checkpoint folder; see tests/data/llm/README.md."""

@@ -152,7 +152,8 @@ def test_experts_of_another_rank_are_skipped(
             )[0].float()
         )
     whole = flashinfer.fused_moe.trtllm_fp4_block_scale_routed_moe(**call)[0].float()
-    torch.testing.assert_close(halves[0] + halves[1], whole, rtol=0.02, atol=0.02)
+    sizes = halves[0].abs() + halves[1].abs()  # each half and the whole are rounded to BF16
+    assert bool(((halves[0] + halves[1] - whole).abs() <= 2**-7 * sizes).all())
     assert halves[0].norm() > 0
     assert halves[1].norm() > 0
 
@@ -263,7 +264,7 @@ def test_routing_in_the_kernel(
     model_library: ModelLibrary, fp4_call: Callable[..., Any], method: str, dtype: torch.dtype
 ) -> None:
     call, _ = fp4_call()
-    logits = torch.randn(TOKENS, 4).to(dtype)
+    logits = torch.stack([torch.randperm(4) - 1.5 for _ in range(TOKENS)]).to(dtype)  # ties are anybody's
     weights, ids = METHODS[method](logits.float())
     replay = torch.full((TOKENS + 2, TOP_K), -7, dtype=torch.int16)
     del call["topk_ids"]
