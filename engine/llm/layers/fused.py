@@ -9,5 +9,5 @@ from ....quant.scheme import has_kernels
 
 
 def has_fused_kernels(x: Tensor) -> bool:
-    """Whether layers compute x in few launches, within a BF16 step of what torch gives."""
+    """Whether layers compute x in few launches: torch's roundings, but sums in another order (see `gpu/norms.py`)."""
     return x.dtype == torch.bfloat16 and has_kernels(x)
