@@ -170,6 +170,7 @@ class Engine:
             "asleep": self._asleep_tags(),
             **self._more_info(),
             "master_bytes": self._policy.master_bytes,
+            "mirror_bytes": self._policy.mirror_bytes,
             "warnings": list(self.load_report.warnings),
         }
 

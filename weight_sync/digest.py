@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -73,13 +73,14 @@ def _rows_digest(raw: Tensor, first_row: int) -> int:
     return total
 
 
-def combine_units(unit_digests: Mapping[int, int]) -> int:
-    """One digest for a stack, whatever order its units came in; that of unit 0 if there is no other."""
-    return sum(digest * _odd(unit) for unit, digest in unit_digests.items()) & MASK
+def combine_stack(digests: Tensor) -> int:
+    """One digest of those of all units, int64 on the host: sum of digest_u * odd(u); that of unit 0 if it is alone."""
+    return int((digests * _odd_multipliers(len(digests))).sum()) & MASK  # wraps at 64 bits
 
 
-def _odd(unit: int) -> int:
-    return (unit * 0x9E3779B97F4A7C15 & MASK) | 1
+@cache
+def _odd_multipliers(count: int) -> Tensor:
+    return (torch.arange(count) * signed(LENGTH)) | 1
 
 
 def weights_digest(entries: Iterable[tuple[str, str, int]]) -> str:

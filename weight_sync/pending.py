@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -10,7 +10,8 @@ from msgspec import Struct, field
 from torch import Tensor
 
 from ..quant.scheme import has_kernels
-from .checks import check_finite, is_finite
+from .checks import FiniteChecks, check_finite, is_finite
+from .side_stream import SideStream
 
 Form = Literal["bf16", "fp8", "nvfp4"]
 UnitScales = dict[tuple[str, int], Tensor]  # (tensor, shard) -> float32 [1] or [rows of the shard]
@@ -19,7 +20,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # On a GPU the units of a stack wait for each other, so that few launches finish many: as many bytes of buffers in one
 # session at the most, beyond which units are finished one by one. A CPU gains nothing: it finishes a unit in its cache.
 STAGED_BACKLOG = 3 << 29  # both stacks of a layer of Qwen3-30B-A3B: 1.2e9
-STREAMED_BACKLOG = 1 << 28
+STREAMED_BACKLOG = 1 << 30
+ALONE_BACKLOG = 1 << 28  # of units that waited for no others
 
 
 class PendingUnit(Struct):
@@ -57,6 +59,7 @@ class Arrival(Struct):
     """Complete units: matrices [units, ...], of a slot that is no stack without that dimension.
 
     `unchecked`: what may hold NaN or infinity, under the names it came with. `borrowed`: the storage is the sender's.
+    `release` is called once nothing of it is needed any more.
     """
 
     units: range
@@ -65,6 +68,11 @@ class Arrival(Struct):
     scales: list[UnitScales] = []
     unchecked: list[tuple[str, Tensor]] = []
     borrowed: bool = False
+    release: Callable[[], None] = lambda: None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self.matrices.values())
 
     def check(self) -> None:
         """Raise `NonFiniteError` that names what is not finite."""
@@ -79,13 +87,25 @@ class Arrival(Struct):
 
 
 class Backlog:
-    """How many bytes of units may wait in one session."""
+    """How many bytes of units may wait in one session: for each other, then for a GPU to tell that they are finite.
 
-    def __init__(self, limit: int = 0) -> None:
+    `side`: where they are quantized and packed.
+    """
+
+    def __init__(self, limit: int = 0, side: SideStream | None = None) -> None:
         self.limit = self.left = limit
+        self.side = side or SideStream(torch.device("cpu"))
+        self.checks = FiniteChecks(ALONE_BACKLOG)
+
+    def look(self) -> None:
+        """Wait for the GPU's word on all that has been computed; raise `NonFiniteError` if something is not finite."""
+        with self.side.beside():
+            self.checks.look()
 
     def take(self, num_bytes: int) -> bool:
         """Whether there is room for as many bytes; they are taken then."""
+        if self.left < num_bytes <= self.limit:
+            self.look()
         if num_bytes > self.left:
             return False
         self.left -= num_bytes

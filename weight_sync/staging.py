@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from ..quant import BF16, FP8, NVFP4, JoinedLayout, Plain, UnsupportedError, WeightSlot
+from ..quant.scheme import has_kernels
 from .assembly import Assembly
 from .checks import check_finite, check_scale, check_shape
 from .clock import Clock
@@ -37,12 +38,14 @@ class SlotStaging:
         master: bool = False,
     ) -> None:
         self.slot, self.backlog = slot, backlog
-        self.assembly = Assembly(slot, clock, live=live, dry=dry, master=master)
+        with backlog.side.beside():
+            self.assembly = Assembly(slot, clock, backlog, live=live, dry=dry, master=master)
         self.primary = self.assembly.primary
         self.received: set[tuple[int, int, str]] = set()
         self.pending: dict[int, PendingUnit] = {}
         self.runs: dict[int, Run] = {}  # of every pending unit
-        self.device = next(iter(slot.tensors.values())).device
+        first = next(iter(slot.tensors.values()))
+        self.device, self.checks_later = first.device, has_kernels(first)
 
     @classmethod
     def for_names(cls, slot: WeightSlot) -> Self:
@@ -73,8 +76,12 @@ class SlotStaging:
         return not self.pending and not self.assembly.finished
 
     def receive_stack(self, name: str, stack: Tensor, layout: JoinedLayout) -> None:
-        """Take all units of a float weight at once. It is quantized before this returns, without a copy in between if
-        it has the dtype, the order and the device that the slot quantizes from."""
+        """Take all units of a float weight at once; without a copy in between if it has the dtype, the order and the
+        device that the slot quantizes from. On a GPU it may be read until `backlog.side.wait()`."""
+        with self.backlog.side.beside():
+            self._receive_stack(name, stack, layout)
+
+    def _receive_stack(self, name: str, stack: Tensor, layout: JoinedLayout) -> None:
         units, device, dtype = self.slot.shape.num_units, self.device, self._unquantized.dtype
         self.received |= {(u, s, self.primary) for u in range(units) for s in range(len(self.slot.shape.rows))}
         step = self._run_length
@@ -100,7 +107,8 @@ class SlotStaging:
         check_shape(name, value, (1,))
         check_scale(name, value)
         scales = self.assembly.scales["input_scale"]
-        (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
+        with self.backlog.side.beside():
+            (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
 
     def _matrix_or_scale(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> None:
         pending = self._pending(name, tensor, unit, value)
@@ -115,12 +123,12 @@ class SlotStaging:
         self._check_dtype(name, value, pending.form)
         check_shape(name, value, tuple(target.shape))
         target.copy_(value if value.shape == target.shape else value.reshape(target.shape))
-        if self.runs[unit].count > 1:
-            pending.unchecked.append((name, target))  # one look at many spares a GPU's waiting
-            return
-        check_finite(name, target)  # as rounded: float32 may overflow BF16
         if tensor in SCALE_TENSORS:
             check_scale(name, target)
+        elif self.checks_later or self.runs[unit].count > 1:
+            pending.unchecked.append((name, target))  # one look at many spares a GPU's waiting
+        else:
+            check_finite(name, target)  # as rounded: float32 may overflow BF16
 
     def _pending(self, name: str, tensor: str, unit: int, value: Tensor) -> PendingUnit:
         form = form_of(tensor, value.dtype)
@@ -190,17 +198,23 @@ class SlotStaging:
 
     def _finish(self, run: Run) -> None:
         """Hand a run's complete units on; incomplete ones go on alone."""
-        for part in run.parts():
+        parts = list(run.parts())
+        self.backlog.side.lend(run.matrices.values())
+        for part in parts:
             inside = slice(part.start - run.first, part.stop - run.first)
             whole = len(part) == run.count
             matrices = run.matrices if whole else {key: t[inside] for key, t in run.matrices.items()}
             arrival = Arrival(part, run.form, matrices)
             arrival.scales = [self.pending[unit].scales for unit in part]
             arrival.unchecked = [pair for unit in part for pair in self.pending[unit].unchecked]
+            self.backlog.side.lend(scale for scales in arrival.scales for scale in scales.values())
             for unit in part:
                 del self.pending[unit], self.runs[unit]
+            if part is parts[-1]:
+                arrival.release = partial(self.backlog.give_back, run.num_bytes)
             self.assembly.add(arrival)
-        self.backlog.give_back(run.num_bytes)
+        if not parts:
+            self.backlog.give_back(run.num_bytes)
 
     def settle(self) -> None:
         """Finish complete units that wait for others; nothing more is to come."""
