@@ -51,8 +51,9 @@ def test_an_empty_session_leaves_logits_bit_identical(make_engine):
         assert same(observe(engine), (logits, tokens, "1"))
 
 
-def test_a_source_that_dies_at_each_tensor_changes_nothing(make_engine, trainer):
-    with make_engine() as engine:
+@pytest.mark.parametrize("swap", ["staged", "host"])
+def test_a_source_that_dies_at_each_tensor_changes_nothing(swap, make_engine, trainer):
+    with make_engine(swap) as engine:
         before = observe(engine)
         pairs = list(trainer.items())
         for deadly in range(len(pairs)):
