@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from ..quant import WeightSlot
 from .errors import StagingMemoryError
+from .served import ServedWeights
 
 GIB = 2**30
 
 
 @contextmanager
-def naming_memory_errors(what: str, slots: Iterable[WeightSlot], mode: str) -> Iterator[None]:
+def naming_memory_errors(what: Callable[[], str], served: ServedWeights, mode: str) -> Iterator[None]:
     """`StagingMemoryError` instead of what torch raises when memory runs out."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _staging_error(what, slots, mode, error) from error
+        raise _staging_error(what(), served.plan.slots, mode, error) from error
     except RuntimeError as error:  # torch's CPU allocator has no type of its own
         if "allocate memory" not in str(error):
             raise
-        raise _staging_error(what, slots, mode, error) from error
+        raise _staging_error(what(), served.plan.slots, mode, error) from error
 
 
 def _staging_error(what: str, slots: Iterable[WeightSlot], mode: str, error: BaseException) -> StagingMemoryError:

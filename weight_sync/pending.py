@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from msgspec import Struct, field
 from torch import Tensor
 
-from ..quant.scheme import has_kernels
+from ..quant.scheme import WeightShape, has_kernels
 from .checks import FiniteChecks, check_finite, is_finite
 from .side_stream import SideStream
 
@@ -25,16 +25,20 @@ ALONE_BACKLOG = 1 << 28  # of units that waited for no others
 
 
 class PendingUnit(Struct):
-    """One unit under way: matrices in a buffer of our own, fused along rows; scales a shard."""
+    """One unit under way, in a run's buffers: scales a shard; `left` counts the tensors that must still come."""
 
     form: Form
-    matrices: dict[str, Tensor]
+    run: Run
+    left: int
     scales: UnitScales = field(default_factory=dict)
     unchecked: list[tuple[str, Tensor]] = field(default_factory=list)  # the name it came under, and what became of it
 
 
 class Run(Struct):
-    """Units first, first + 1, ... of one stack, in buffers [count, ...] in which they lie side by side."""
+    """Units first, first + 1, ... of one stack, in buffers [count, ...] in which they lie side by side.
+
+    A weight that is no stack has buffers without that dimension. Shards are fused along rows.
+    """
 
     form: Form
     first: int
@@ -43,6 +47,16 @@ class Run(Struct):
     num_bytes: int  # taken from the backlog
     expected: set[int]
     complete: set[int] = field(default_factory=set)
+    views: dict[tuple[str, int], Sequence[Tensor]] = field(default_factory=dict)
+
+    def places(self, tensor: str, shard: int, shape: WeightShape) -> Sequence[Tensor]:
+        """Where this shard of each unit goes."""
+        found = self.views.get((tensor, shard))
+        if found is None:
+            matrix, rows = self.matrices[tensor], shape.shard_slice(shard)
+            found = (matrix[rows],) if shape.units is None else matrix[:, rows].unbind()
+            self.views[tensor, shard] = found
+        return found
 
     def parts(self) -> Iterator[range]:
         """Complete units, those side by side together."""
@@ -96,6 +110,18 @@ class Backlog:
         self.limit = self.left = limit
         self.side = side or SideStream(torch.device("cpu"))
         self.checks = FiniteChecks(ALONE_BACKLOG)
+        self._targets: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def copy_later(self, target: Tensor, value: Tensor) -> None:
+        """Copy a sender's tensor with others in one call: `copy_now`."""
+        self._targets.append(target)
+        self._values.append(value)
+
+    def copy_now(self) -> None:
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._values)  # pyright: ignore[reportPrivateImportUsage]
+            self._targets, self._values = [], []
 
     def look(self) -> None:
         """Wait for the GPU's word on all that has been computed; raise `NonFiniteError` if something is not finite."""

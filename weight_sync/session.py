@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, Self
@@ -65,6 +65,7 @@ class WeightSession:
         self._served_before = served.version
         self._flipping = False  # master and listeners may have changed: there is no way back
         self._borrows = False  # the GPU may still read what the sender owns
+        self._last = ""  # the name at hand
         self._adapter: Adapter | None = None  # merged weights come from the master and leave it as it is
         self._unadapted: list[str] = []
 
@@ -78,11 +79,13 @@ class WeightSession:
         """
         self._check_open()
         try:
-            with self.clock("receive"):
+            with self.clock("receive"), naming_memory_errors(lambda: self._last, self.served, self.mode):
+                lazy = not isinstance(bucket, Collection)  # the next tensor may come in the memory of this one
                 for pair in bucket.items() if isinstance(bucket, Mapping) else bucket:
                     self._take(*as_pair(pair))
-                if self._borrows:
-                    self._give_back()
+                    if lazy:
+                        self._give_back()
+                self._give_back()
         except BaseException as error:
             self._error = error
             self.abort()
@@ -105,23 +108,22 @@ class WeightSession:
         self.receive(self.served.master.pairs(slots, adapter))
 
     def _give_back(self) -> None:
-        """Wait until the GPU has read what is the sender's."""
-        assert self._backlog is not None
-        self._backlog.look()
-        self.served.side.wait()
-        self._borrows = False
+        """From here on the sender may use its memory again, in the order of its stream."""
+        if self._backlog is not None:
+            self._backlog.copy_now()
+            if self._borrows:  # read in another stream: once that is known to be over
+                self._backlog.look()
+                self.served.side.wait()
+                self._borrows = False
 
     def _take(self, name: str, value: Tensor) -> None:
         self._tensors += 1
         self._bytes_in += value.nbytes
-        value = value.detach()
-        name = with_prefix(name, self.prefix)
-        why = self.served.plan.why_ignored(name)
-        if why is not None:
-            self._ignored[why] = self._ignored.get(why, 0) + 1
-            return
-        target = self.served.plan.resolve(name)
-        if target is None:
+        self._last = name = with_prefix(name, self.prefix)
+        target = self.served.plan.find(name)
+        if isinstance(target, str):
+            self._ignored[target] = self._ignored.get(target, 0) + 1
+        elif target is None:
             self._unexpected.append(name)
         elif name in self.served.plan.tied:
             check_finite(name, value)
@@ -133,20 +135,19 @@ class WeightSession:
             self._stage(name, target, value)
 
     def _stage(self, name: str, target: Target, value: Tensor) -> None:
-        with naming_memory_errors(name, self.served.plan.slots, self.mode):
-            takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
-            if target.tensor == "input_scale":
-                takers = takers[:1]  # a twin does not quantize activations
-            if is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
-                self._borrows |= value.is_cuda
-                for taker in takers:
-                    taker.receive_stack(name, value, target.layout)
+        takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
+        if target.tensor == "input_scale":
+            takers = takers[:1]  # a twin does not quantize activations
+        if is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
+            self._borrows |= value.is_cuda
+            for taker in takers:
+                taker.receive_stack(name, value, target.layout)
+            return
+        for unit, shard, part in split(name, target, value):
+            taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
+            if not all(taken):
+                self._duplicate.append(name)
                 return
-            for unit, shard, part in split(name, target, value):
-                taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
-                if not all(taken):
-                    self._duplicate.append(name)
-                    return
 
     def _staging_of(self, slot: WeightSlot) -> SlotStaging:
         if slot not in self._staging:
@@ -174,8 +175,8 @@ class WeightSession:
         self._check_open()
         try:
             self.check_ledger()
-            what = "(deriving scales)"
-            with naming_memory_errors(what, self.served.plan.slots, self.mode), self.served.side.beside():
+            self._last = "(deriving scales)"
+            with naming_memory_errors(lambda: self._last, self.served, self.mode), self.served.side.beside():
                 for staging in self._staging.values():
                     staging.assembly.seal()
             unchanged = self._check_version(self.new_digest())

@@ -58,16 +58,12 @@ class SlotStaging:
         """Take one shard's tensor; False if it came before. The value is copied before this returns."""
         if (unit, shard, tensor) in self.received:
             return False
+        value = value.detach()
         if tensor == "input_scale":
             self._input_scale(name, unit, shard, value)
         else:
             self._matrix_or_scale(name, tensor, unit, shard, value)
         self.received.add((unit, shard, tensor))
-        if unit in self.pending and not any(self._missing_of(unit, self.pending[unit].form)):
-            run = self.runs[unit]
-            run.complete.add(unit)
-            if run.complete == run.expected:
-                self._finish(run)
         return True
 
     @property
@@ -112,27 +108,43 @@ class SlotStaging:
 
     def _matrix_or_scale(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> None:
         pending = self._pending(name, tensor, unit, value)
-        rows = self.slot.shape.shard_slice(shard)
-        if tensor not in pending.matrices:
-            if value.numel() not in (1, rows.stop - rows.start):
-                raise ShapeError(f"{name}: expected one scale or {rows.stop - rows.start}, got {list(value.shape)}")
-            check_scale(name, value, zero=True)  # of a weight of zeros
-            pending.scales[tensor, shard] = value.detach().to(torch.float32, copy=True).reshape(-1)
-            return
-        target = pending.matrices[tensor][rows]
-        self._check_dtype(name, value, pending.form)
-        check_shape(name, value, tuple(target.shape))
-        target.copy_(value if value.shape == target.shape else value.reshape(target.shape))
-        if tensor in SCALE_TENSORS:
-            check_scale(name, target)
-        elif self.checks_later or self.runs[unit].count > 1:
-            pending.unchecked.append((name, target))  # one look at many spares a GPU's waiting
+        if tensor in pending.run.matrices:
+            self._matrix(
+                name,
+                tensor,
+                value,
+                pending,
+                pending.run.places(tensor, shard, self.slot.shape)[unit - pending.run.first],
+            )
         else:
-            check_finite(name, target)  # as rounded: float32 may overflow BF16
+            rows = self.slot.shape.rows[shard]
+            if value.numel() not in (1, rows):
+                raise ShapeError(f"{name}: expected one scale or {rows}, got {list(value.shape)}")
+            check_scale(name, value, zero=True)  # of a weight of zeros
+            pending.scales[tensor, shard] = value.to(torch.float32, copy=True).reshape(-1)
+        pending.left -= 1
+        if not pending.left:
+            pending.run.complete.add(unit)
+            if len(pending.run.complete) == len(pending.run.expected):
+                self._finish(pending.run)
+
+    def _matrix(self, name: str, tensor: str, value: Tensor, pending: PendingUnit, target: Tensor) -> None:
+        self._check_dtype(name, value, pending.form)
+        if value.shape != target.shape:
+            check_shape(name, value, tuple(target.shape))
+            value = value.reshape(target.shape)
+        later = tensor not in SCALE_TENSORS and (self.checks_later or pending.run.count > 1)
+        if later:
+            self.backlog.copy_later(target, value)
+            pending.unchecked.append((name, target))  # one look at many spares a GPU's waiting
+            return
+        target.copy_(value)
+        (check_scale if tensor in SCALE_TENSORS else check_finite)(name, target)  # as rounded: it may overflow BF16
 
     def _pending(self, name: str, tensor: str, unit: int, value: Tensor) -> PendingUnit:
         form = form_of(tensor, value.dtype)
-        if unit not in self.pending:
+        pending = self.pending.get(unit)
+        if pending is None:
             own = self.slot.scheme.name
             if form != "bf16" and self.slot.shape.cols is None:
                 raise UnsupportedError(f"{name}: a vector has no {form} form", ["send BF16"])
@@ -141,10 +153,10 @@ class SlotStaging:
                     f"{name} is stored in {form}, but its layer is computed in {own}",
                     ["send BF16", "or open the engine with quant=None or quant='bf16'"],
                 )
-            self._open(unit, form)
-        elif self.pending[unit].form != form:
-            raise ShapeError(f"{name}: shards of one weight came in {self.pending[unit].form} and in {form}")
-        return self.pending[unit]
+            return self._open(unit, form)
+        if pending.form != form:
+            raise ShapeError(f"{name}: shards of one weight came in {pending.form} and in {form}")
+        return pending
 
     def _check_dtype(self, name: str, value: Tensor, form: Form) -> None:
         if form == "bf16" and value.dtype not in FLOATS:
@@ -152,7 +164,7 @@ class SlotStaging:
 
     # runs
 
-    def _open(self, unit: int, form: Form) -> None:
+    def _open(self, unit: int, form: Form) -> PendingUnit:
         """A place for a unit: in a run with its neighbours, or alone where there is no room for them."""
         run = self.runs.get(unit)
         if run is None:
@@ -161,9 +173,9 @@ class SlotStaging:
             run.expected.discard(unit)
             run = self._alone(unit, form)
         self.runs[unit] = run
-        place = unit - run.first
-        stacked = self.slot.shape.units is not None
-        self.pending[unit] = PendingUnit(form, {k: t[place] if stacked else t for k, t in run.matrices.items()})
+        tensors = {"bf16": 1, "fp8": 2, "nvfp4": 3}[form]
+        pending = self.pending[unit] = PendingUnit(form, run, tensors * len(self.slot.shape.rows))
+        return pending
 
     def _new_run(self, unit: int, form: Form) -> Run:
         length, unit_bytes = self._run_length, self._bytes_of(self._scheme_of(form))
@@ -198,6 +210,8 @@ class SlotStaging:
 
     def _finish(self, run: Run) -> None:
         """Hand a run's complete units on; incomplete ones go on alone."""
+        self.backlog.copy_now()
+        run.views.clear()
         parts = list(run.parts())
         self.backlog.side.lend(run.matrices.values())
         for part in parts:
@@ -218,6 +232,7 @@ class SlotStaging:
 
     def settle(self) -> None:
         """Finish complete units that wait for others; nothing more is to come."""
+        self.backlog.copy_now()
         for run in {id(run): run for run in self.runs.values()}.values():
             for unit in run.expected & self.pending.keys() - run.complete:
                 for name, value in self.pending[unit].unchecked:

@@ -1,5 +1,5 @@
-"""`swap="streamed"` keeps no second copy: what fails half-way poisons, and only a full swap cures. `swap="host"` writes in
-place, too, and undoes it."""
+"""`swap="streamed"` keeps no second copy: what fails half-way poisons, and only a full swap cures.
+`swap="host"` writes in place, too, and undoes it."""
 
 from __future__ import annotations
 
