@@ -1,7 +1,7 @@
 """Swaps of whole engines of Qwen3-30B-A3B's shape on one GPU: time in all, the pause, what is left for keys and values.
 
     python benchmarks/gpu_engine_swap.py [--case nvfp4_staged fp8_host bf16_streamed] [--form stacked apart]
-        [--generate 64] [--repeats 5] [--endure 100] [--profile]
+        [--generate 64] [--repeats 5] [--endure 100] [--profile nvfp4_staged]
 
 Weights are random; the sender's layers are views of one BF16 buffer on the GPU. `total`: from the first bucket to the
 end of `commit`. `pause`: the time for which the session keeps generation from stepping, and, with --generate N, the
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import pstats
 import statistics
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +101,8 @@ class Generation:
 
 
 def swap(engine: Any, sender: LayerSender, version: str, *, churn: bool = False) -> tuple[float, Any]:
-    """Seconds in all, and the report."""
+    """Seconds in all, and the report. Trainers take longer than a mirror: it is waited for before."""
+    engine._policy.settle()
     start = time.perf_counter()
     with engine.weight_session(version=version) as session:
         for bucket in sender.buckets(churn=churn):
@@ -134,11 +137,13 @@ def measure(case: str, form: Any, engine: Any, arguments: argparse.Namespace, co
             times.append(seconds)
             holds.append(sum(gate.held[-1:]))
             phases = ", ".join(f"{phase} {s * 1e3:.0f}" for phase, s in report.seconds.items())
-            held = gate.held[-1] * 1e3
+            held, start = gate.held[-1] * 1e3, time.perf_counter()
+            engine._policy.settle()
+            phases += f"; mirror {(time.perf_counter() - start) * 1e3:.0f}"
             print(f"  {case} {form} {report.digest[:8]}: {seconds * 1e3:.0f} ms; gate {held:.0f}; {phases}", flush=True)
     print(f"  {memory()}", flush=True)
     gaps, quiet = pauses(engine, sender, form, arguments) if arguments.generate else ([], 0.0)
-    if arguments.profile:
+    if case in arguments.profile:
         profile(engine, sender, form)
     packed = sum(slot.num_bytes for slot in engine._policy.plan.slots)
     limit = (sender.num_bytes + packed * (3 if engine.config.swap == "staged" else 1)) / copy * 1e3
@@ -248,7 +253,7 @@ def main() -> None:
     parser.add_argument("--endure", type=int, default=0)
     parser.add_argument("--kv-tokens", type=int, default=0)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", nargs="*", default=[], choices=CASES)
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args()
     arguments.config = QWEN3_30B_A3B | {"num_hidden_layers": arguments.layers}
@@ -256,7 +261,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         use_random_weights(Path(folder), num_hidden_layers=arguments.layers)
         for case in arguments.case:
-            results += run(case, Path(folder), arguments, copy)
+            try:
+                results += run(case, Path(folder), arguments, copy)
+            except Exception:  # the other cases are worth having
+                traceback.print_exc()
+            gc.collect()
             torch.cuda.empty_cache()
     if not arguments.no_save:
         save("gpu_engine_swap", results)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..quant import FP8, NVFP4, Plain, UnsupportedError, WeightSlot
 from ..quant.scheme import has_kernels
-from .checks import finite_flag
 from .clock import Clock
-from .digest import combine_stack, unit_digests
+from .digest import UnitDigests, combine_stack
 from .pending import Arrival, Backlog, UnitScales
 
 
@@ -28,31 +27,39 @@ class Assembly:
         self.slot, self.clock, self.backlog = slot, clock, backlog
         self.live, self.dry, self.master = live, dry, master
         self.primary = next(iter(slot.matrices))
-        self.finished: set[int] = set()
         self.packed: dict[str, Tensor] = {}
-        self.scales = {name: t.clone() for name, t in slot.scales.items()}
+        self.scales = dict(slot.scales)  # the served ones, until others come: `own_scale`
         self.digests: dict[str, int] = {}  # stored tensor -> digest over all units, once read
-        self._unread: list[tuple[str, range, Tensor]] = []  # unit digests that a GPU may still be computing
+        self._unread: list[tuple[str, range, UnitDigests]] = []  # that a GPU may still be computing
         self._master: dict[int, Tensor] = {}
 
     def add(self, arrival: Arrival) -> None:
         """Take complete units. On a CPU what arrived is checked first, and freed before it is packed; a GPU tells later
         whether it was finite, and it is held until then."""
-        with self.backlog.side.beside():
-            self._add(arrival)
-
-    def _add(self, arrival: Arrival) -> None:
         units = arrival.units
         with self.clock("quantize"):
             stored = self._quantize(arrival)
             for key, value in stored.items():
-                self._unread.append((key, units, unit_digests(value if self.stacked else value[None])))
+                self._unread.append((key, units, self.backlog.digests.add(value if self.stacked else value[None])))
         for key in stored.keys() - self.slot.matrices.keys():
-            (self.scales[key][units.start : units.stop] if self.stacked else self.scales[key]).copy_(stored.pop(key))
-        self.finished.update(units)
+            self._keep_scale(key, units, stored.pop(key))
         if not self.dry:
             with self.clock("prepare"):
                 self._place(units, self.slot.packer.prepare(stored), borrowed=arrival.borrowed)
+
+    def _keep_scale(self, key: str, units: range, value: Tensor) -> None:
+        served = self.slot.scales[key]
+        if len(units) == self.slot.shape.num_units and value.shape == served.shape and value.device == served.device:
+            self.scales[key] = value
+        else:
+            own = self.own_scale(key)
+            (own[units.start : units.stop] if self.stacked else own).copy_(value)
+
+    def own_scale(self, key: str) -> Tensor:
+        """The scale that this session may write."""
+        if self.scales[key] is self.slot.scales[key]:
+            self.scales[key] = self.slot.scales[key].clone()
+        return self.scales[key]
 
     @property
     def stacked(self) -> bool:
@@ -77,9 +84,8 @@ class Assembly:
         return stored
 
     def _check_later(self, arrival: Arrival, telling: Sequence[Tensor]) -> None:
-        flags = [flag for flag in map(finite_flag, telling) if flag is not None]
         held = 0 if arrival.borrowed else arrival.num_bytes
-        self.backlog.checks.add(flags, list(arrival.unchecked), held, arrival.release)
+        self.backlog.checks.add(telling, list(arrival.unchecked), held, arrival.release)
 
     def _stored(self, arrival: Arrival) -> dict[str, Tensor]:
         """The stored form of some units in the slot's own scheme."""
@@ -138,20 +144,23 @@ class Assembly:
         units = range(self.slot.shape.num_units)
         return [self._master[unit] for unit in units] if len(self._master) == len(units) else None
 
-    def unread(self) -> list[tuple[str, range, Tensor]]:
-        """(stored tensor, units, their digests int64) of all that has come since the last call."""
+    def unread(self) -> list[tuple[str, range, UnitDigests]]:
+        """(stored tensor, units, their digests) of all that has come since the last call."""
         found, self._unread = self._unread, []
         if "input_scale" in self.scales:
-            found.append(("input_scale", range(1), unit_digests(self.scales["input_scale"][None])))
+            found.append(("input_scale", range(1), self.backlog.digests.add(self.scales["input_scale"][None])))
         return found
 
 
 def read_digests(assemblies: Sequence[Assembly]) -> None:
-    """Set `digests` of all these, whose every unit has been finished; a GPU tells them in one transfer."""
+    """Set `digests` of all these, of one session, whose every unit has come; a GPU tells them in one transfer."""
     waiting = [(assembly, *one) for assembly in assemblies for one in assembly.unread()]
     if not waiting:
         return
-    told = torch.cat([values for *_, values in waiting]).cpu().split([len(units) for _, _, units, _ in waiting])
+    assemblies[0].backlog.digests.run()
+    told = (
+        torch.cat([digests.values for *_, digests in waiting]).cpu().split([len(units) for _, _, units, _ in waiting])
+    )
     stacks: dict[tuple[Assembly, str], dict[int, Tensor]] = {}
     for (assembly, key, units, _), values in zip(waiting, told, strict=True):
         stacks.setdefault((assembly, key), {})[units.start] = values

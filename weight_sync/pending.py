@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..quant.scheme import WeightShape, has_kernels
 from .checks import FiniteChecks, check_finite, is_finite
+from .digest import DigestQueue
 from .side_stream import SideStream
 
 Form = Literal["bf16", "fp8", "nvfp4"]
@@ -110,6 +111,9 @@ class Backlog:
         self.limit = self.left = limit
         self.side = side or SideStream(torch.device("cpu"))
         self.checks = FiniteChecks(ALONE_BACKLOG)
+        self.digests = DigestQueue()
+        self._ready: list[Callable[[], None]] = []
+        self._ready_bytes = 0
         self._targets: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -123,8 +127,26 @@ class Backlog:
             torch._foreach_copy_(self._targets, self._values)  # pyright: ignore[reportPrivateImportUsage]
             self._targets, self._values = [], []
 
+    def compute_later(self, call: Callable[[], None], num_bytes: int) -> None:
+        """Call it on the side stream, with others; it holds as many bytes of buffers until then."""
+        self._ready.append(call)
+        self._ready_bytes += num_bytes
+        if self._ready_bytes > ALONE_BACKLOG:
+            self.compute_now()
+
+    def compute_now(self) -> None:
+        """Quantize and pack what is ready."""
+        self.copy_now()
+        ready, self._ready, self._ready_bytes = self._ready, [], 0
+        if ready:
+            with self.side.beside():
+                for call in ready:
+                    call()
+                self.digests.run()
+
     def look(self) -> None:
-        """Wait for the GPU's word on all that has been computed; raise `NonFiniteError` if something is not finite."""
+        """Wait for the GPU's word on all that has come; raise `NonFiniteError` if something is not finite."""
+        self.compute_now()
         with self.side.beside():
             self.checks.look()
 

@@ -110,7 +110,7 @@ class WeightSession:
     def _give_back(self) -> None:
         """From here on the sender may use its memory again, in the order of its stream."""
         if self._backlog is not None:
-            self._backlog.copy_now()
+            self._backlog.compute_now()
             if self._borrows:  # read in another stream: once that is known to be over
                 self._backlog.look()
                 self.served.side.wait()

@@ -38,10 +38,10 @@ class SlotStaging:
         master: bool = False,
     ) -> None:
         self.slot, self.backlog = slot, backlog
-        with backlog.side.beside():
-            self.assembly = Assembly(slot, clock, backlog, live=live, dry=dry, master=master)
+        self.assembly = Assembly(slot, clock, backlog, live=live, dry=dry, master=master)
         self.primary = self.assembly.primary
         self.received: set[tuple[int, int, str]] = set()
+        self.handed_on: set[int] = set()  # units that are complete
         self.pending: dict[int, PendingUnit] = {}
         self.runs: dict[int, Run] = {}  # of every pending unit
         first = next(iter(slot.tensors.values()))
@@ -69,25 +69,24 @@ class SlotStaging:
     @property
     def takes_stack(self) -> bool:
         """Whether nothing of the weight has come yet, so that all of it may come at once."""
-        return not self.pending and not self.assembly.finished
+        return not self.pending and not self.handed_on
 
     def receive_stack(self, name: str, stack: Tensor, layout: JoinedLayout) -> None:
         """Take all units of a float weight at once; without a copy in between if it has the dtype, the order and the
-        device that the slot quantizes from. On a GPU it may be read until `backlog.side.wait()`."""
-        with self.backlog.side.beside():
-            self._receive_stack(name, stack, layout)
-
-    def _receive_stack(self, name: str, stack: Tensor, layout: JoinedLayout) -> None:
+        device that the slot quantizes from: then a GPU may read it until `backlog.look()` and `backlog.side.wait()`."""
         units, device, dtype = self.slot.shape.num_units, self.device, self._unquantized.dtype
         self.received |= {(u, s, self.primary) for u in range(units) for s in range(len(self.slot.shape.rows))}
         step = self._run_length
+        self.handed_on.update(range(units))
         for start in range(0, units, step):
             part = layout.sorted_rows(stack[start : start + step].detach(), self.slot.shape)
-            part = part.to(device=device, dtype=dtype).contiguous()
+            if part.device != device or part.dtype != dtype or not part.is_contiguous():
+                with self.backlog.side.beside():
+                    part = part.to(device=device, dtype=dtype).contiguous()
             arrival = Arrival(range(start, start + len(part)), "bf16", {self.primary: part}, unchecked=[(name, part)])
             arrival.borrowed = part.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
             del part
-            self.assembly.add(arrival)
+            self._hand_on(arrival)
 
     @cached_property
     def _run_length(self) -> int:
@@ -102,8 +101,8 @@ class SlotStaging:
     def _input_scale(self, name: str, unit: int, shard: int, value: Tensor) -> None:
         check_shape(name, value, (1,))
         check_scale(name, value)
-        scales = self.assembly.scales["input_scale"]
         with self.backlog.side.beside():
+            scales = self.assembly.own_scale("input_scale")
             (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
 
     def _matrix_or_scale(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> None:
@@ -184,7 +183,7 @@ class SlotStaging:
         while length > 1:
             first = unit // length * length
             count = min(length, self.slot.shape.num_units - first)
-            free = {u for u in range(first, first + count) if u not in self.runs and u not in self.assembly.finished}
+            free = {u for u in range(first, first + count) if u not in self.runs and u not in self.handed_on}
             if len(free) > 1 and self.backlog.take(count * unit_bytes):
                 run = Run(form, first, count, self._buffers(form, count), count * unit_bytes, free)
                 self.runs.update(dict.fromkeys(free, run))
@@ -226,9 +225,18 @@ class SlotStaging:
                 del self.pending[unit], self.runs[unit]
             if part is parts[-1]:
                 arrival.release = partial(self.backlog.give_back, run.num_bytes)
-            self.assembly.add(arrival)
+            self.handed_on.update(part)
+            self._hand_on(arrival)
         if not parts:
             self.backlog.give_back(run.num_bytes)
+
+    def _hand_on(self, arrival: Arrival) -> None:
+        """To the assembly: on a CPU now, so that memory is free again; on a GPU with others."""
+        if self.checks_later:
+            held = 0 if arrival.borrowed else arrival.num_bytes
+            self.backlog.compute_later(partial(self.assembly.add, arrival), held)
+        else:
+            self.assembly.add(arrival)
 
     def settle(self) -> None:
         """Finish complete units that wait for others; nothing more is to come."""
@@ -243,7 +251,7 @@ class SlotStaging:
 
     def missing(self) -> list[str]:
         """Names that must still arrive before this slot can be committed."""
-        open_units = (unit for unit in range(self.slot.shape.num_units) if unit not in self.assembly.finished)
+        open_units = (unit for unit in range(self.slot.shape.num_units) if unit not in self.handed_on)
         names = [
             name
             for unit in open_units

@@ -21,7 +21,7 @@ TINY = Qwen3MoeConfig(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=64,
+    head_dim=128,
     num_experts=8,
     num_experts_per_tok=2,
 )
