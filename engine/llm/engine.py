@@ -61,7 +61,7 @@ class LanguageEngine(Engine):
         self._load(plan, checkpoint.source, warnings, powers_of_two(self.config.max_step_tokens))
         num_pages = _num_pages(self.model, self.config)
         self.rollouts = Rollouts(self.model, self._policy, num_pages, self.config)
-        self._policy.commit_gate = self.rollouts.gate.visit
+        self._policy.commit_gate = self.rollouts.visit
         self._policy.on_flip.append(self.rollouts.weights_changed)
         limits = Limits(self._decoder_config.vocab_size, self._decoder_config.max_position, (num_pages - 1) * PAGE_SIZE)
         self._maker = RequestMaker(self.tokenizer, checkpoint.eos_token_ids(), limits, self.config.seed << 32)

@@ -15,6 +15,7 @@ from .cached_attend import CachedAttend
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .paged_attention import PagedAttention, Span
+from .transfers import upload
 
 if TYPE_CHECKING:
     from .gpu.decode_graphs import DecodeGraphs
@@ -38,17 +39,27 @@ class Forward:
     ) -> None:
         self.model, self.cache, self.attend, self.graphs = model, cache, attend, graphs
 
-    def __call__(self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """Token ids and positions, span by span -> [num_tokens, hidden_size]."""
+    def __call__(
+        self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], drawn: Tensor | None = None
+    ) -> Tensor:
+        """Token ids and positions, span by span -> [num_tokens, hidden_size].
+
+        An id of -1 - i stands for `drawn[i]`, a token that the host does not know yet: drawn int64 [num_drawn].
+        """
+        device = self.model.device
+        tokens = place_drawn(upload(ids, device), drawn)
         if self.graphs is not None and len(ids) == len(spans) <= self.graphs.sizes[-1]:
-            return self.graphs.run(ids, positions, spans)
-        device, attend = self.model.device, self.attend(spans)
+            return self.graphs.run(tokens, upload(positions, device), spans)
+        attend = self.attend(spans)
         routed: list[Tensor] = []
-        hidden = self.model.hidden(
-            torch.tensor(ids, device=device), torch.tensor(positions, device=device), attend, routed
-        )
+        hidden = self.model.hidden(tokens, upload(positions, device), attend, routed)
         self.cache.store_routed(attend.slots, routed)
         return hidden
+
+
+def place_drawn(ids: Tensor, drawn: Tensor | None) -> Tensor:
+    """int64 [num_tokens], where -1 - i stands for `drawn[i]`."""
+    return ids if drawn is None else torch.where(ids < 0, drawn[(-1 - ids).clamp_(min=0)], ids)
 
 
 def make_forward(model: Decoder, cache: KVCache, capability: Capability, config: EngineConfig) -> Forward:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from .likelihoods import Likelihoods
 from .shaping import Shaped, scale, shape
+from .transfers import Download, upload
 
 
 class Sampled(Shaped, Protocol):
@@ -39,30 +40,51 @@ def seeded_uniforms(seed: int, count: int) -> Tensor:
     return torch.tensor([stream.random() for _ in range(count)], dtype=torch.float64)
 
 
-def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw | NonFiniteError]:
+class Draws:
+    """Tokens drawn on the device, one for each request: `ids` int64 [batch]. `read` brings them to the host.
+
+    A copy of what the host wants is under way from the start, behind what the device had to do before.
+    """
+
+    def __init__(self, ids: Tensor, likelihoods: Mapping[str, Likelihoods], requests: Sequence[Sampled]) -> None:
+        self.ids, self.requests = ids, requests
+        self._modes = list(likelihoods)
+        rows = [ids, *(one.logprobs(ids[:, None])[:, 0] for one in likelihoods.values())]
+        self._values = Download(torch.stack([row.double() for row in rows]))
+        wide = any(request.params.top_logprobs or request.params.sampling_mask for request in requests)
+        self._likelihoods = likelihoods if wide else {}
+
+    def read(self) -> list[Draw | NonFiniteError]:
+        """The draws in the order of the requests; a row whose logits make no distribution gets an error instead."""
+        ids, *by_mode = self._values.read().tolist()
+        logprobs = dict(zip(self._modes, by_mode, strict=True))
+        return [
+            self._draw(row, int(token), logprobs[_mode(request)][row])
+            if logprobs["processed"][row] <= 0  # and no NaN
+            else _make_error(request)
+            for row, (token, request) in enumerate(zip(ids, self.requests, strict=True))
+        ]
+
+    def _draw(self, row: int, token: int, logprob: float) -> Draw:
+        request = self.requests[row]
+        top, mask = request.params.top_logprobs, request.params.sampling_mask
+        return Draw(
+            token,
+            logprob,
+            self._likelihoods[_mode(request)].top(row, top) if top else None,
+            _mask(self._likelihoods["processed"].logits[row]) if mask else None,
+        )
+
+
+def sample(logits: Tensor, requests: Sequence[Sampled]) -> Draws:
     """Logits float32 [batch, vocab] -> a token for each request.
 
     Log-probs by mode: "raw" log_softmax(logits), "temperature" log_softmax(logits / temperature), "processed" of
-    what `shape` makes, which is what is drawn from. A row whose logits make no distribution gets an error instead.
+    what `shape` makes, which is what is drawn from.
     """
     scaled = scale(logits, requests)
-    shaped = shape(logits, scaled, requests)
-    drawn = Likelihoods(shaped)
-    ids = _choose(drawn, requests)
-    by_mode = _by_mode(logits, scaled, drawn, requests)
-    logprobs = {mode: one.logprobs(ids[:, None])[:, 0].tolist() for mode, one in by_mode.items()}
-    return [
-        Draw(
-            token,
-            logprobs[mode][row],
-            by_mode[mode].top(row, request.params.top_logprobs) if request.params.top_logprobs else None,
-            _mask(shaped[row]) if request.params.sampling_mask else None,
-        )
-        if logprobs["processed"][row] <= 0  # and no NaN
-        else _make_error(request)
-        for row, (token, request) in enumerate(zip(ids.tolist(), requests, strict=True))
-        for mode in (_mode(request),)
-    ]
+    drawn = Likelihoods(shape(logits, scaled, requests))
+    return Draws(_choose(drawn, requests), _by_mode(logits, scaled, drawn, requests), requests)
 
 
 def _choose(drawn: Likelihoods, requests: Sequence[Sampled]) -> Tensor:
@@ -70,9 +92,9 @@ def _choose(drawn: Likelihoods, requests: Sequence[Sampled]) -> Tensor:
     greedy = [request.params.temperature == 0 for request in requests]
     if all(greedy):
         return drawn.best()
-    uniforms = torch.tensor([request.uniform() for request in requests], dtype=torch.float64)
-    ids = drawn.draw(uniforms.to(drawn.logits.device))
-    return torch.where(torch.tensor(greedy, device=ids.device), drawn.best(), ids) if any(greedy) else ids
+    device = drawn.logits.device
+    ids = drawn.draw(upload([request.uniform() for request in requests], device, torch.float64))
+    return torch.where(upload(greedy, device, torch.bool), drawn.best(), ids) if any(greedy) else ids
 
 
 def _mode(request: Sampled) -> Literal["raw", "temperature", "processed"]:
