@@ -124,7 +124,7 @@ class Decoder:
         return self.norm.of_sum(x, y, self.final_norm)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
+        """[num_tokens, hidden_size] -> [num_tokens, vocab_size], in the engine's dtype."""
         logits = matmul(hidden, self.embed) if self.head is None else self.head(hidden)
         cap = self.config.logit_softcap
-        return (logits if cap is None else (logits / cap).tanh() * cap).float()
+        return logits if cap is None else (logits / cap).tanh() * cap

@@ -168,7 +168,7 @@ class LanguageEngine(Engine):
                 model = self.model
                 at = torch.arange(len(ids), device=model.device)
                 hidden = model.hidden(at.new_tensor(ids), at, WholeSequences([len(ids)]))
-                logits = model.logits(hidden)
+                logits = model.logits(hidden).float()
             yield ids, logits
 
     # pausing

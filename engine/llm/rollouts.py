@@ -262,8 +262,8 @@ class Rollouts:
         request, scores = chunk.request, list[Tensor]()
         following = request.prompt[chunk.start + 1 : chunk.end + 1]
         for start in range(0, len(following), LOGIT_ROWS):
-            ids = torch.tensor(following[start : start + LOGIT_ROWS], device=hidden.device)[:, None]
-            logits = self.model.logits(hidden[start : start + len(ids)]) / request.params.prompt_temperature
+            ids = upload(following[start : start + LOGIT_ROWS], hidden.device)[:, None]
+            logits = self.model.logits(hidden[start : start + len(ids)]).float() / request.params.prompt_temperature
             scores.append(Likelihoods(logits).logprobs(ids)[:, 0].cpu())
         return scores
 

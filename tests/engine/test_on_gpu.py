@@ -157,3 +157,32 @@ def test_flashinfers_attention_and_graphs(quant, tmp_path):
     assert max(near) < 0.2
     assert sum(same) > len(prompts) / 2
     assert all(out.routed_experts.min() >= 0 for out in outs["graphs"])
+
+
+def test_overlapped_steps(tmp_path):
+    """Steps launched ahead draw the same tokens, and launching one waits for nothing on the GPU."""
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(EXPERTS).bfloat16().save_pretrained(tmp_path)
+    prompts = [list(range(start, start + 5 + start % 40)) for start in range(0, 160, 9)]
+    params = SamplingParams(max_new_tokens=24, seed=3, ignore_eos=True)
+    outs = {}
+    for overlap in (False, True):
+        with Engine(tmp_path, EngineConfig(quant="fp8_channel", device="cuda", overlap=overlap)) as engine:
+            outs[overlap] = engine.generate(prompts, params)
+            if not overlap or engine.rollouts.forward.graphs is None:
+                continue
+            requests = engine._requests(prompts, params, None, routed=False)
+            engine.rollouts.submit(requests)
+            for _ in range(4):
+                engine.rollouts.step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(6):
+                    engine.rollouts.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert requests[0].in_flight == 1
+            engine.rollouts.abort(lambda request: True)
+    for a, b in zip(outs[False], outs[True], strict=True):
+        assert a.token_ids == b.token_ids
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=0)
