@@ -18,7 +18,7 @@ from ..config import EngineConfig
 from ..errors import AsleepError, ClosedError, NonFiniteError
 from ..step_gate import StepGate
 from .decoder import Decoder
-from .forward import make_forward
+from .forward import cache_dtype, make_forward
 from .kv_cache import KVCache
 from .likelihoods import Likelihoods
 from .page_pool import PAGE_SIZE, PagePool
@@ -51,8 +51,9 @@ class Rollouts:
     def __init__(self, model: Decoder, policy: Policy, num_pages: int, config: EngineConfig) -> None:
         self.model, self.policy = model, policy
         self.gate = StepGate()
-        self.cache = KVCache(model.attention_specs, model.routing, num_pages, model.dtype, model.device)
-        self.forward = make_forward(model, self.cache, model.capability, config)
+        dtype = cache_dtype(model, config)
+        self.cache = KVCache(model.attention_specs, model.routing, num_pages, dtype, model.device)
+        self.forward = make_forward(model, self.cache, config)
         self.scheduler = Scheduler(self.cache, PagePool(num_pages), config)
         self.looks_ahead = model.device.type == "cuda" if config.overlap is None else config.overlap
         self._launched: deque[Launched] = deque()  # steps whose tokens are not taken in yet

@@ -36,8 +36,8 @@ class Kind(Struct, frozen=True):
 class FlashInferAttention:
     """Attention of one engine: workspace, and wrappers that are planned once a step for all layers of a kind."""
 
-    def __init__(self, cache: KVCache, specs: Sequence[AttentionSpec], num_heads: int) -> None:
-        self.cache, self.num_heads = cache, num_heads
+    def __init__(self, cache: KVCache, specs: Sequence[AttentionSpec], num_heads: int, dtype: torch.dtype) -> None:
+        self.cache, self.num_heads, self.dtype = cache, num_heads, dtype
         self.kinds = {kind_of(spec) for spec in specs}
         self.num_kv_heads, self.head_dim = specs[0].num_kv_heads, specs[0].key_dim
         self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.keys.device)
@@ -100,7 +100,8 @@ class FlashInferAttention:
             "window_left": -1 if kind.window is None else kind.window - 1,
             "logits_soft_cap": kind.softcap,
             "sm_scale": kind.scale,
-            "q_data_type": self.cache.keys.dtype,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.cache.keys.dtype,
         }
 
 
