@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from msgspec import Struct
@@ -35,13 +35,14 @@ class StepProfile(Struct, frozen=True):
 def profile_steps(run: Callable[[], object], device: torch.device) -> StepProfile:
     """Run something once under torch's profiler, which slows the host down; on a GPU only kernels are counted."""
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+    activities: list[ProfilerActivity] = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
         start = time.perf_counter()
         run()
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
-    spent = Counter[str]()
+    spent: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         if not on_gpu:
             spent[event.key] += event.self_cpu_time_total / 1e6
@@ -50,15 +51,19 @@ def profile_steps(run: Callable[[], object], device: torch.device) -> StepProfil
     by_kind = sum_by_kind(spent.items())
     if on_gpu:
         by_kind[IDLE] = max(0.0, seconds - sum(by_kind.values()))
-    return StepProfile(seconds, by_kind, spent.most_common())
+    return StepProfile(seconds, by_kind, _longest_first(spent))
 
 
 def sum_by_kind(times: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Seconds by kind, the longest first, of (kernel's name, seconds)."""
-    sums = Counter[str]()
+    sums: dict[str, float] = defaultdict(float)
     for name, seconds in times:
         sums[kind_of(name)] += seconds
-    return dict(sums.most_common())
+    return dict(_longest_first(sums))
+
+
+def _longest_first(times: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(times.items(), key=lambda pair: -pair[1])
 
 
 def kind_of(name: str) -> str:
