@@ -8,19 +8,18 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, Self
 
-import torch
 from torch import Tensor
 
-from ..quant import ModelError, WeightSlot, clipping_shares, reset_clipping
+from ..quant import WeightSlot, clipping_shares, reset_clipping
 from .assembly import read_digests
-from .checks import check_finite
 from .clock import Clock
-from .digest import tensor_digest, weights_digest
-from .errors import CoverageError, SessionClosedError, StaleVersionError
+from .digest import weights_digest
+from .errors import SessionClosedError, StaleVersionError
+from .ledger import Ledger
 from .lora import Adapter
 from .memory import naming_memory_errors
 from .messages import UpdateReport
-from .pairs import as_pair, is_whole_stack, pull, split, with_prefix
+from .pairs import as_pair, is_whole_stack, pull, split
 from .pending import Backlog, default_backlog
 from .plan import Target
 from .served import ServedWeights
@@ -46,18 +45,14 @@ class WeightSession:
     """
 
     def __init__(self, served: ServedWeights, version: str, mode: SessionMode, *, full: bool, prefix: str = "") -> None:
-        self.served, self.version, self.mode, self.full, self.prefix = served, version, mode, full, prefix
+        self.served, self.version, self.mode = served, version, mode
         self.report: UpdateReport | None = None
         self.clock = Clock()
         self._same_version = version == served.version
         self._open = True
         self._staging: dict[WeightSlot, SlotStaging] = {}
         self._backlog: Backlog | None = None
-        self._unexpected: list[str] = []
-        self._duplicate: list[str] = []
-        self._ignored: dict[str, int] = {}
-        self._tied: dict[str, int] = {}
-        self._tensors = self._bytes_in = 0
+        self._ledger = Ledger(served.plan, prefix, full=full)
         self._clipping: dict[str, float] = {}
         self._error: BaseException | None = None
         self._paused_since: float | None = None
@@ -65,7 +60,6 @@ class WeightSession:
         self._served_before = served.version
         self._flipping = False  # master and listeners may have changed: there is no way back
         self._borrows = False  # the GPU may still read what the sender owns
-        self._last = ""  # the name at hand
         self._adapter: Adapter | None = None  # merged weights come from the master and leave it as it is
         self._unadapted: list[str] = []
 
@@ -79,7 +73,7 @@ class WeightSession:
         """
         self._check_open()
         try:
-            with self.clock("receive"), naming_memory_errors(lambda: self._last, self.served, self.mode):
+            with self.clock("receive"), naming_memory_errors(lambda: self._ledger.last, self.served, self.mode):
                 lazy = not isinstance(bucket, Collection)  # the next tensor may come in the memory of this one
                 for pair in bucket.items() if isinstance(bucket, Mapping) else bucket:
                     self._take(*as_pair(pair))
@@ -117,22 +111,9 @@ class WeightSession:
                 self._borrows = False
 
     def _take(self, name: str, value: Tensor) -> None:
-        self._tensors += 1
-        self._bytes_in += value.nbytes
-        self._last = name = with_prefix(name, self.prefix)
-        target = self.served.plan.find(name)
-        if isinstance(target, str):
-            self._ignored[target] = self._ignored.get(target, 0) + 1
-        elif target is None:
-            self._unexpected.append(name)
-        elif name in self.served.plan.tied:
-            check_finite(name, value)
-            self._tied[name] = tensor_digest(value.to(torch.bfloat16))
-        elif target.tensor == "input_scale" and "input_scale" not in target.slot.scales:
-            why = "activations are not quantized with static scales"
-            self._ignored[why] = self._ignored.get(why, 0) + 1
-        else:
-            self._stage(name, target, value)
+        target = self._ledger.enter(name, value)
+        if target is not None:
+            self._stage(self._ledger.last, target, value)
 
     def _stage(self, name: str, target: Target, value: Tensor) -> None:
         takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
@@ -146,7 +127,7 @@ class WeightSession:
         for unit, shard, part in split(name, target, value):
             taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
             if not all(taken):
-                self._duplicate.append(name)
+                self._ledger.duplicate.append(name)
                 return
 
     def _staging_of(self, slot: WeightSlot) -> SlotStaging:
@@ -175,8 +156,8 @@ class WeightSession:
         self._check_open()
         try:
             self.check_ledger()
-            self._last = "(deriving scales)"
-            with naming_memory_errors(lambda: self._last, self.served, self.mode), self.served.side.beside():
+            self._ledger.last = "(deriving scales)"
+            with naming_memory_errors(lambda: self._ledger.last, self.served, self.mode), self.served.side.beside():
                 for staging in self._staging.values():
                     staging.assembly.seal()
             unchanged = self._check_version(self.new_digest())
@@ -254,24 +235,13 @@ class WeightSession:
         self.served.side.after_steps()
 
     def check_ledger(self) -> None:
-        """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
+        """Nothing more is to come: raise unless all of it is complete, known, single, and finite."""
         for staging in self._staging.values():
             staging.settle()
         if self._backlog is not None:
             self._backlog.look()
-        plan = self.served.plan  # a twin lacks what its slot lacks
-        missing = [n for slot, staging in self._staging.items() if not plan.is_twin(slot) for n in staging.missing()]
-        if self.full:
-            untouched = (slot for slot in plan.addressed if slot not in self._staging)
-            missing += [name for slot in untouched for name in names_of(slot)]
-        if missing or self._unexpected or self._duplicate:
-            hint = plan.hint(self.prefix) if self._unexpected else ""
-            raise CoverageError(missing, self._unexpected, self._duplicate, hint=hint)
-        for name, digest in self._tied.items():
-            target = self.served.plan.resolve(name)
-            assert target is not None
-            if self._digests()[target.slot][target.tensor] != digest:
-                raise ModelError(f"{name} is tied to {self.served.plan.tied[name]}, but the two differ")
+        self._ledger.check(self._staging)
+        self._ledger.check_tied(self._digests())
 
     def _check_version(self, digest: str) -> bool:
         """True if the very same weights are being served under this version already."""
@@ -300,8 +270,8 @@ class WeightSession:
         return UpdateReport(
             version=self.version,
             status=status,
-            tensors=self._tensors,
-            bytes_in=self._bytes_in,
+            tensors=self._ledger.num_tensors,
+            bytes_in=self._ledger.num_bytes,
             layers=len(self._staging),
             coverage=len(self._staging) / max(1, len(self.served.plan.slots)),
             seconds=self.clock.seconds,
@@ -311,7 +281,7 @@ class WeightSession:
         )
 
     def _warnings(self) -> Iterator[str]:
-        yield from (f"{count} tensors ignored: {why}" for why, count in self._ignored.items())
+        yield from self._ledger.warnings()
         if self._unadapted:
             yield f"base weights took the place of adapted ones, without the adapter: {', '.join(self._unadapted)}"
 
@@ -342,10 +312,3 @@ class WeightSession:
             raise SessionClosedError(
                 f"the session for version {self.version!r} was aborted; the old version serves"
             ) from self._error
-
-
-def names_of(slot: WeightSlot) -> list[str]:
-    """Every name that a full session must bring for an untouched slot."""
-    if slot.loaded and slot.kept:
-        return []
-    return SlotStaging.for_names(slot).missing()
