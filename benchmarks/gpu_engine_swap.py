@@ -35,13 +35,13 @@ from torch import Tensor
 from rollmill.engine import Engine, EngineConfig, SamplingParams
 from rollmill.weight_sync.digest import unit_digests
 
-CASES = {  # quant, swap, tokens of keys and values
-    "nvfp4_staged": ("nvfp4_w4a16", "staged", 350_000),
-    "nvfp4_host": ("nvfp4_w4a16", "host", 450_000),
-    "fp8_staged": ("fp8_channel", "staged", 60_000),
-    "fp8_host": ("fp8_channel", "host", 350_000),
-    "fp8_streamed": ("fp8_channel", "streamed", 350_000),
-    "bf16_streamed": ("bf16", "streamed", 60_000),
+CASES = {  # quant, swap, tokens of keys and values, their dtype
+    "nvfp4_staged": ("nvfp4_w4a16", "staged", 350_000, "auto"),
+    "nvfp4_host": ("nvfp4_w4a16", "host", 450_000, "auto"),
+    "fp8_staged": ("fp8_channel", "staged", 200_000, "fp8"),
+    "fp8_host": ("fp8_channel", "host", 350_000, "auto"),
+    "fp8_streamed": ("fp8_channel", "streamed", 350_000, "auto"),
+    "bf16_streamed": ("bf16", "streamed", 60_000, "auto"),
 }
 PEERS = {"bf16": (1560, "SGLang 0.5.12.post1, BF16"), "fp8": (6380, "vLLM 0.22.0, BF16 into FP8")}
 
@@ -223,12 +223,11 @@ def endure(case: str, engine: Any, count: int, config: dict[str, Any]) -> None:
 
 
 def run(case: str, folder: Path, arguments: argparse.Namespace, copy: float) -> list[Result]:
-    quant, mode, tokens = CASES[case]
+    quant, mode, tokens, dtype = CASES[case]
     start = time.perf_counter()
     tokens = arguments.kv_tokens or tokens
-    config = EngineConfig(
-        quant=quant, swap=mode, device="cuda", kv_cache_tokens=tokens, max_batch_size=256, attention=arguments.attention
-    )  # pyright: ignore[reportArgumentType]
+    settings = {"quant": quant, "swap": mode, "kv_cache_dtype": dtype, "attention": arguments.attention}
+    config = EngineConfig(device="cuda", kv_cache_tokens=tokens, max_batch_size=256, **settings)
     with Engine(folder, config) as engine:
         torch.cuda.synchronize()
         packed = sum(slot.num_bytes for slot in engine._policy.plan.slots)
