@@ -150,7 +150,8 @@ def measure(case: str, form: Any, engine: Any, arguments: argparse.Namespace, co
         profile(engine, sender, form)
     packed = sum(slot.num_bytes for slot in engine._policy.plan.slots)
     limit = (sender.num_bytes + packed * (3 if engine.config.swap == "staged" else 1)) / copy * 1e3
-    note = f"{engine.config.swap}, {sender.num_tensors} tensors; gate held {statistics.median(holds) * 1e3:.0f} ms; {memory()}"
+    held = statistics.median(holds) * 1e3
+    note = f"{engine.config.swap}, {sender.num_tensors} tensors; gate held {held:.0f} ms; {memory()}"
     if gaps:
         note += (
             f"; {arguments.generate} sequences waited {max(gaps) * 1e3:.0f}, a step of theirs takes {quiet * 1e3:.0f}"
