@@ -8,13 +8,14 @@ import torch
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES, GroupedNVFP4, TritonRunner
-from rollmill.quant import FP8, NVFP4, Capability, UnsupportedError, WeightShape, numerics
+from rollmill.quant import FP8, NVFP4, Capability, FP8Rows, UnsupportedError, WeightShape, numerics
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu import blocks  # noqa: E402 (after the conftest's set-up)
 from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402
 from rollmill.moe.gpu.pack import pack_nvfp4  # noqa: E402
+from rollmill.quant.gpu.quantize import quantize_fp8  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = Capability(DEVICE, 90, ("triton",))
@@ -214,3 +215,16 @@ def test_a_stack_is_packed_in_one_launch(shape: tuple[int, ...]):
     packed, block_scale = (t.cpu() for t in pack_nvfp4(codes.to(DEVICE), scales.to(DEVICE)))
     assert torch.equal(packed, expected["weight"])
     assert torch.equal(block_scale, expected["block_scale"])
+
+
+def test_codes_in_place_of_values_change_no_bit():
+    layer = Layer(SCHEMES["fp8_channel"])
+    x, ids, weights = (part.to(DEVICE) for part in tokens(5))
+    assert layer.runner.takes_codes
+    rows = FP8Rows(*quantize_fp8(x))
+    assert torch.equal(layer.runner.apply_codes(rows, ids, weights, *layer.packed).cpu(), layer(x, ids, weights))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_w4a16", "fp8_static"])
+def test_codes_are_for_fp8_per_token(name: str):
+    assert not Layer(SCHEMES[name]).runner.takes_codes
