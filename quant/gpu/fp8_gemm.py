@@ -33,8 +33,13 @@ class Tile(NamedTuple):
 SLICES = 4
 CUT = 256  # slices are multiples of it, whatever the depth of a step
 # Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md.
-TILES = ((8, Tile(16, 8, 128, 4)), (16, Tile(16, 16, 128, 4)), (32, Tile(32, 32, 128, 3)))
-MOST_TOKENS = TILES[-1][0]
+TILES = (
+    (8, Tile(16, 8, 256, 4)),
+    (16, Tile(16, 16, 128, 4)),
+    (32, Tile(16, 32, 128, 3)),
+    (64, Tile(32, 32, 128, 3)),
+)
+MANY_ROWS = 5120  # above, a library has programs enough to be faster at 64 tokens
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -104,6 +109,11 @@ def _store(
     tl.store(out_ptr + token.to(tl.int64) * N + row, total.to(tl.bfloat16), mask=(row < N) & (token < M))
 
 
+def most_tokens(num_rows: int) -> int:
+    """Up to how many tokens `few_tokens` is faster than `torch._scaled_mm`, for a weight of so many rows."""
+    return 64 if num_rows <= MANY_ROWS else 32
+
+
 @on_own_device
 def few_tokens(
     codes: Tensor, scale: Tensor, weight: Tensor, row_scale: Tensor, num_rows: int, bias: Tensor | None = None
@@ -113,7 +123,7 @@ def few_tokens(
     Decode scales: `scale` float32 [M], or one for all, `row_scale` float32, one a row. `bias` [num_rows].
     """
     M, K = codes.shape
-    tile = next(tile for most, tile in TILES if most >= min(M, MOST_TOKENS))
+    tile = next(tile for most, tile in TILES if most >= min(M, TILES[-1][0]))
     out = torch.empty(M, num_rows, dtype=torch.bfloat16, device=codes.device)
     part = -(-K // (SLICES * CUT)) * CUT
     if M:

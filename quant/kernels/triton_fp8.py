@@ -31,9 +31,9 @@ class TritonFP8Kernel(TorchFP8Kernel):
         return TorchFP8Kernel.unsupported(scheme, shape, dtype, capability)
 
     def multiply(self, rows: FP8Rows, packed: Stored, bias: Tensor | None = None) -> Tensor:
-        from ..gpu.fp8_gemm import MOST_TOKENS, few_tokens
+        from ..gpu.fp8_gemm import few_tokens, most_tokens
 
-        if len(rows) > MOST_TOKENS:
+        if len(rows) > most_tokens(self.shape.num_rows):
             return super().multiply(rows, packed, bias)
         row_scale, num_rows = packed["row_scale"][0], self.shape.num_rows
         return few_tokens(rows.codes, rows.scale, packed["weight"], row_scale, num_rows, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....moe import sigmoid
+from ....moe import router_logits, sigmoid
 from ....quant import FP8Rows, Plain, Reads, matmul, values_of
 from ..decoder_config import DecoderConfig, SharedExpertConfig
 from ..parts import Parts
@@ -35,7 +35,7 @@ class SparseMLP:
 
     def __call__(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:
         values = values_of(x)
-        logits = matmul(values if self.dtype is None else values.to(self.dtype), self.gate, self.gate_bias)
+        logits = router_logits(values if self.dtype is None else values.to(self.dtype), self.gate, self.gate_bias)
         out, ids = self.experts.dispatch(x, logits, self.correction_bias)
         if routed is not None:
             routed.append(ids)

@@ -128,13 +128,13 @@ def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "M": "i32", "N": "i32:16", "K": "i32:16", "steps": "i32"}
     options = {"SLICES": fp8_gemm.SLICES, "RAGGED": False, "EACH": True, "BIAS": True}
     return {
-        f"fp8_few_{tile.tokens}": (
+        f"fp8_few_{most}": (
             fp8_gemm.few_tokens_kernel,
             codes | rest,
             tile_of(tile) | {"DEPTH": tile.depth} | options,
             fp8_gemm.SLICES,
         )
-        for _, tile in fp8_gemm.TILES
+        for most, tile in fp8_gemm.TILES
     }
 
 

@@ -98,8 +98,8 @@ def test_a_bias_is_added_before_rounding(linear, ref):
     assert_near(layer(x, bias), expected + bias.double(), mass + bias.double().abs())
 
 
-def test_a_row_is_bit_equal_among_1_7_and_the_most(linear):
-    layer, x = linear("per_token", (40,), 320), activations(fp8_gemm.MOST_TOKENS, 320)
+def test_a_row_is_bit_equal_among_1_7_and_64(linear):
+    layer, x = linear("per_token", (40,), 320), activations(64, 320)
     whole = layer(x)
     assert torch.equal(layer(x[:7]), whole[:7])
     assert torch.equal(layer(x[5:6]), whole[5:6])
@@ -114,9 +114,13 @@ def test_codes_give_what_values_give(linear):
 
 
 def test_more_tokens_are_the_librarys(linear, monkeypatch: pytest.MonkeyPatch):
-    layer, x = linear("per_token", (40,), 64), activations(fp8_gemm.MOST_TOKENS + 1, 64)
+    layer, x = linear("per_token", (40,), 64), activations(65, 64)
     monkeypatch.setattr(fp8_gemm, "few_tokens", None)
     assert layer(x).shape == (len(x), 40)
+
+
+def test_weights_of_many_rows_leave_64_tokens_to_the_library():
+    assert [fp8_gemm.most_tokens(rows) for rows in (2048, 5120, 5136, 28672)] == [64, 64, 32, 32]
 
 
 def test_no_rows(linear):
@@ -159,7 +163,7 @@ def test_linears_of_real_size_equal_float64_on_a_gpu(linear, ref, activation: st
     reason = TritonFP8Kernel.unsupported(FP8(), WeightShape(rows, cols), torch.bfloat16, find_capability())
     if reason is not None:
         pytest.skip(reason)
-    most = fp8_gemm.MOST_TOKENS
+    most = fp8_gemm.most_tokens(sum(rows))
     layer, x = linear(activation, rows, cols), activations(most, cols)
     few = layer(x)
     assert_near(few, *ref.linear(x, layer.stored, rows, layer.scheme))
