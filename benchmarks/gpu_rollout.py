@@ -98,11 +98,11 @@ def kv_result(quant: str, kv: str, tokens: int, gib: float) -> Result:
     )
 
 
-def profile(engine: Any, batch: int) -> None:
-    """Where decoding goes, prefill of 64 tokens included: milliseconds a step by kind of kernel."""
+def profile(engine: Any, batch: int, prompt_tokens: int) -> None:
+    """Where decoding goes, the prefill (cached, but for a page) included: milliseconds a step by kind of kernel."""
     steps = 65
-    rollout(engine, batch, 64, 4)
-    spent = profile_steps(lambda: rollout(engine, batch, 64, steps), torch.device("cuda"))
+    rollout(engine, batch, prompt_tokens, 4)
+    spent = profile_steps(lambda: rollout(engine, batch, prompt_tokens, steps), torch.device("cuda"))
     kinds = ", ".join(f"{kind} {1e3 * seconds / steps:.2f}" for kind, seconds in spent.by_kind.items())
     print(f"  {batch} requests, ms a step of {1e3 * spent.seconds / steps:.2f} (profiled): {kinds}")
     for name, seconds in spent.largest[:16]:
@@ -144,7 +144,7 @@ def main() -> None:
                 for batch in arguments.batch:
                     results.append(measure(engine, quant, batch, arguments))
                     if arguments.profile:
-                        profile(engine, batch)
+                        profile(engine, batch, arguments.prompt)
                 results.append(kv_result(quant, arguments.kv, tokens, gib))
             del engine
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant import matmul
+from ...quant import FP8Rows, matmul, values_of
 from .attention import Attend, AttentionSpec
 from .decoder_config import DecoderConfig
 from .layers.attention import Attention, KVScales
@@ -43,11 +43,11 @@ class DecoderLayer:
         self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """The input is x + y (None: nothing), and so is the output."""
-        x, normed = self.norm.of_sum(x, y, self.input_norm)
-        x, normed = self.norm.of_sum(x, self.attention(normed, rotary, attend), self.post_norm)
+        x, normed = self.norm.of_sum(x, y, self.input_norm, self.attention.reads)
+        x, normed = self.norm.of_sum(x, self.attention(normed, rotary, attend), self.post_norm, self.mlp.reads)
         return x, self.feed_forward(normed, routed)
 
-    def feed_forward(self, x: Tensor, routed: list[Tensor] | None) -> Tensor:
+    def feed_forward(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:
         return self.mlp(x, routed) if isinstance(self.mlp, SparseMLP) else self.mlp(x)
 
 
@@ -64,9 +64,9 @@ class SandwichLayer(DecoderLayer):
     def __call__(
         self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        x, normed = self.norm.of_sum(x, y, self.input_norm)
+        x, normed = self.norm.of_sum(x, y, self.input_norm, self.attention.reads)
         y = self.norm(self.attention(normed, rotary, attend), self.attention_out_norm)
-        x, normed = self.norm.of_sum(x, y, self.post_norm)
+        x, normed = self.norm.of_sum(x, y, self.post_norm, self.mlp.reads)
         return x, self.norm(self.feed_forward(normed, routed), self.mlp_out_norm)
 
 
@@ -133,7 +133,7 @@ class Decoder:
             x = x * self.embed_scale
         for layer in self.layers:
             x, y = layer(x, y, rotaries[layer.kind.rope], attend, routed)
-        return self.norm.of_sum(x, y, self.final_norm)[1]
+        return values_of(self.norm.of_sum(x, y, self.final_norm)[1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, vocab_size], in the engine's dtype."""

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ....quant import Plain
+from ....quant import FP8Rows, Plain, Reads
 from ....quant.numerics import decode_fp8, quantize_fp8_activation
 from ..attention import Attend, AttentionSpec
 from ..cached_attend import CachedAttend
@@ -66,7 +66,11 @@ class Attention:
             parts.plain(self.prefix + "v_proj", 1, scheme=v, kept=True),
         )
 
-    def __call__(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    @property
+    def reads(self) -> Reads:
+        return "codes" if self.qkv.takes_codes else "values"
+
+    def __call__(self, x: Tensor | FP8Rows, rotary: Rotary, attend: Attend) -> Tensor:
         qkv = self.qkv(x)
         if self.fusible and isinstance(attend, CachedAttend) and has_fused_kernels(qkv):
             out = self._attend_fused(qkv, rotary, attend)
