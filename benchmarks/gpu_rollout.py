@@ -3,9 +3,9 @@
     python benchmarks/gpu_rollout.py [--quant fp8_channel nvfp4_w4a16 fp8_channel+kv8] [--batch 1 32 256] [--profile]
 
 Every run has prompts of its own; sampled-token log-probs are returned. 256 is 64 prompts x 4; `+kv8` keeps keys and
-values in FP8. The KV cache has as many tokens as fit beside the weights into 88 % of the GPU's memory, as the peers' had.
-Peers (measured on another day on the same kind of machine, SGLang 0.5.12.post1 and vLLM 0.22.0, default FP8 tiles,
-BF16 keys and values) stand beside it. Limit: the bytes that a step must read at 3.02 TB/s, as were measured for a copy.
+values in FP8. The KV cache has as many tokens as fit beside the weights into 88 % of the GPU's memory, as the peers'
+had. Peers (measured on another day on the same kind of machine, SGLang 0.5.12.post1 and vLLM 0.22.0, default FP8
+tiles, BF16 keys and values) stand beside it. Limit: the bytes that a step must read at the 3.02 TB/s of a copy.
 """
 
 from __future__ import annotations
