@@ -9,6 +9,8 @@ and their results are visible; then it allows the next one to be set up. Hopper 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -26,5 +28,10 @@ def await_inputs(EARLY: tl.constexpr):
 
 def early(x: Tensor) -> dict[str, bool]:
     """Options of a launch on the device of x."""
-    can = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    can = _launches_early(x.device)
     return {"EARLY": can, "launch_pdl": can}
+
+
+@cache
+def _launches_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
