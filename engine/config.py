@@ -109,8 +109,10 @@ class EngineConfig(Settings, frozen=True):
     `quant` None: as the checkpoint says. `activation` None: the checkpoint's static scales where it has them, else
     per token. `keep`: patterns (whole dotted names, `*`) of modules that stay in BF16; None: `lm_head` and routers
     where BF16 weights are quantized, and what the checkpoint keeps where they come quantized. `swap`: "staged" builds a
-    second packed copy and swaps atomically; "streamed" keeps none, a failure poisons the engine. `master`: "host" keeps
-    the BF16 weights that came in, two bytes a parameter, for `update_lora`, `quantization_error` and `wake`.
+    second packed copy and swaps atomically; "host" writes in place while generation is paused, and puts back what a
+    failed swap has overwritten from a copy in (pinned) host memory; "streamed" keeps no copy, a failure poisons the
+    engine. `master`: "host" keeps the BF16 weights that came in, two bytes a parameter, for `update_lora`,
+    `quantization_error` and `wake`.
 
     Language models: `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one
     step, so that long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what

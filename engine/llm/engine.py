@@ -23,6 +23,7 @@ from ..prewarm import powers_of_two
 from ..progress import show_progress
 from ..prompts import Prompts, encode_prompts
 from ..schemes import SchemeResolver
+from ..start_memory import naming_weight_memory
 from ..step_gate import StepGate
 from ..streaming import stream
 from ..sync_plan import make_sync_plan
@@ -55,7 +56,8 @@ class LanguageEngine(Engine):
         names = read_kernel_names(self.config, toggles)
         parts = Parts(resolver, capability, getattr(torch, self.config.dtype), names)
         self._decoder_config = checkpoint.read_config(family)
-        self.model = Decoder(self._decoder_config, parts, self._kv_scales(resolver.plan.kv_cache))
+        with naming_weight_memory(self.config.quant):
+            self.model = Decoder(self._decoder_config, parts, self._kv_scales(resolver.plan.kv_cache))
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
         self.device = self.model.device
@@ -65,6 +67,7 @@ class LanguageEngine(Engine):
         self.rollouts = Rollouts(self.model, self._policy, num_pages, self.config)
         self._policy.commit_gate = self.rollouts.visit
         self._policy.on_flip.append(self.rollouts.weights_changed)
+        self._warn_of_shortage()
         limits = Limits(self._decoder_config.vocab_size, self._decoder_config.max_position, (num_pages - 1) * PAGE_SIZE)
         self._maker = RequestMaker(self.tokenizer, checkpoint.eos_token_ids(), limits, self.config.seed << 32)
 

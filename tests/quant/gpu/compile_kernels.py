@@ -73,8 +73,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "convert_nvfp4": (convert._nvfp4_kernel, CONVERT | STATE | {"scale_stride": "i32"}, TILES | layout, 8),
         "word_sums": (
             word_sums.word_sums_kernel,
-            {"words_ptr": "*i64", "multipliers_ptr": "*i64", "sums_ptr": "*i64", "num_words": "i32"},
-            {"ROW": 2048},
+            {"table_ptr": "*i64", "multipliers_ptr": "*i64", "sums_ptr": "*i64"},
+            {"STACKS": 16, "ROW": 2048},
             4,
         ),
         "pack_nvfp4": (
