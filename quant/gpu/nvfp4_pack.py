@@ -13,7 +13,7 @@ from torch import Tensor
 from .device import on_own_device
 from .floats import E4M3_MIN
 
-ROWS = 32  # of a program, for one step
+ROWS = 64  # of a program, for one step
 UE5M3_BIAS = tl.constexpr((127 - 12) << 3)
 
 
@@ -29,20 +29,18 @@ def pack_kernel(
     steps,
     ROWS: tl.constexpr,
 ):
-    """A 16-bit half of a word takes one nibble of four bytes; see `nvfp4_widen.py` for its bits."""
-    row, step = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    """A word takes four codes of either half of a step, which lie side by side; see `nvfp4_widen.py` for its bits."""
+    step, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     unit, own = row // num_rows, row % num_rows
-    half, exists = tl.arange(0, 32), (row < all_rows)[:, None]
-    c, q, nibble = half >> 3, (half >> 1) & 3, (half & 1) * 4  # place 16 c + 4 q + i is k = 16 q + 4 c + i
-    byte, group = step * 64 + q * 8 + c * 2, step * 8 + q
+    word, exists = tl.arange(0, 16), (row < all_rows)[:, None]
+    c, q = word >> 2, word & 3  # places 16 c + 4 q + i of a half are k = 16 q + 4 c + i
+    quad, group = step * 32 + q * 4 + c, step * 8 + q
     start = row.to(tl.int64)[:, None]
-    first = _codes(codes_ptr, scales_ptr, start, byte, group, nibble, K, exists)
-    second = _codes(codes_ptr, scales_ptr, start, byte + 32, group + 4, nibble, K, exists)
-    a, b, c, d = first & 15, first >> 4, second & 15, second >> 4
-    bits = ((a >> 3) << 15) | ((d >> 3) << 14) | ((b >> 3) << 12) | ((c >> 3) << 9)
-    bits |= ((a & 7) << 6) | ((b & 7) << 3) | (c & 7) | ((d & 4) << 11) | ((d & 3) << 10)
+    first = _codes(codes_ptr, scales_ptr, start, quad, group, K, exists)
+    second = _codes(codes_ptr, scales_ptr, start, quad + 16, group + 4, K, exists)
+    bits = _half_word(first, second) | (_half_word(first >> 4, second >> 4) << 16)
     place = ((unit * steps + step).to(tl.int64) * num_rows + own)[:, None]
-    tl.store(weight_ptr + place * 32 + half[None, :], bits.to(tl.int16), mask=exists)
+    tl.store(weight_ptr + place * 16 + word[None, :], bits, mask=exists)
 
     group = tl.arange(0, 8)[None, :]
     inside = exists & (step * 8 + group < K // 16)
@@ -54,18 +52,23 @@ def pack_kernel(
 
 
 @triton.jit
-def _codes(codes_ptr, scales_ptr, row, byte, group, nibble, K, exists):
-    """Two codes of every row and half word, two apart along k: int32, the first in the low four bits.
+def _codes(codes_ptr, scales_ptr, row, quad, group, K, exists):
+    """Four neighbours of every row and word: int32, the first in the low four bits.
 
     A scale of zero is E4M3's, not UE5M3's: its codes become zero instead.
     """
-    inside = exists & (byte < K // 2)[None, :]
-    at = codes_ptr + row * (K // 2) + byte[None, :]
-    low, high = tl.load(at, mask=inside, other=0).to(tl.int32), tl.load(at + 1, mask=inside, other=0).to(tl.int32)
+    inside = exists & (quad < K // 4)[None, :]
+    codes = tl.load(codes_ptr + row * (K // 4) + quad[None, :], mask=inside, other=0).to(tl.int32)
     scale = tl.load(scales_ptr + row * (K // 16) + group[None, :], mask=inside, other=0)
-    shift = nibble[None, :]
-    codes = ((low >> shift) & 15) | (((high >> shift) & 15) << 4)
     return tl.where((scale & 0x7F) == 0, 0, codes)
+
+
+@triton.jit
+def _half_word(first, second):
+    """Of the codes A and B, C and D in the bits 0 to 3 and 8 to 11."""
+    signs = ((first & 0x8) << 12) | ((first & 0x800) << 1) | ((second & 0x8) << 6) | ((second & 0x800) << 3)
+    bits = ((first & 0x7) << 6) | ((first & 0x700) >> 5) | (second & 0x7)
+    return signs | bits | ((second & 0x400) << 3) | ((second & 0x300) << 2)
 
 
 @on_own_device
@@ -77,7 +80,8 @@ def pack_nvfp4(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     weight = codes.new_empty(*lead, steps, num_rows, 64)
     block_scale = codes.new_empty(*lead, steps, 2, num_rows, 4)
     all_rows = codes.numel() // cols
-    pack_kernel[(-(-all_rows // ROWS), steps)](
-        codes, scales, weight.view(torch.int16), block_scale, all_rows, num_rows, 2 * cols, steps, ROWS=ROWS
-    )
+    pack_kernel[(steps, -(-all_rows // ROWS))](
+        codes.view(torch.int16), scales, weight.view(torch.int32), block_scale, all_rows, num_rows, 2 * cols, steps,
+        ROWS=ROWS,
+    )  # fmt: skip
     return weight, block_scale
