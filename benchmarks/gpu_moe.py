@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
-from rollmill.moe.runners.triton import DEPTH, Tile, TritonRunner
+from rollmill.moe.runners.triton import TritonRunner
+from rollmill.moe.runners.triton_tiles import DEPTH, Tile
 from rollmill.quant import BF16, FP8, NVFP4, Scheme, find_capability
 
 CONFIG = MoeConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
@@ -171,8 +172,7 @@ def candidates(scheme: Scheme, weight: str, average: float) -> Iterator[Tile]:
     """Tiles worth timing."""
     blocks = (8, 16) if average <= 12 else (16, 32) if average <= 20 else (32, 64) if average <= 80 else (64, 128, 256)
     if isinstance(scheme, NVFP4) and average <= 12:
-        for rows, block, slices, stages in itertools.product((32, 64), blocks, (1, 2), (2, 3, 4)):
-            yield Tile(rows, block, DEPTH, slices, stages, sliced=True)
+        yield from (Tile(*sizes) for sizes in itertools.product((32, 64), blocks, (DEPTH,), (1, 2), (2, 3, 4)))
         return
     depths = {"bf16": (64, 128), "fp8": (128, 256)}.get(scheme.name, (DEPTH,))
     for rows, block, depth, warps in itertools.product((64, 128, 256), blocks, depths, (4, 8)):

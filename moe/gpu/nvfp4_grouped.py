@@ -1,8 +1,8 @@
-"""Experts' products with NVFP4 weights, widened in registers as `quant/gpu/nvfp4_widen.py` tells.
+"""Experts' products with NVFP4 weights for few tokens an expert, widened in registers (`quant/gpu/nvfp4_widen.py`).
 
 Weights lie as `NVFP4Packer` says: step after step of 128 along K, codes [experts, steps, rows, 64], block scales
-[experts, steps, 2, rows, 4]. A program takes rows of one expert and a block of that expert's tokens. K may be cut into
-equal slices, a warp each, that are summed in order at the end: the same for any number of tokens.
+[experts, steps, 2, rows, 4]. A program of one or two warps takes rows of one expert and a block of that expert's
+tokens; sums run over K in one order, whatever the tile.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -13,25 +13,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...quant.gpu.nvfp4_gemm import sum_in_order
 from ...quant.gpu.nvfp4_widen import DEPTH, EPILOGUE, HALF, SCALES, first_half, real_order, second_half
 from .grouped_gemm import pair_rows, store_gated
 
 
 @triton.jit
-def _weight_pointers(w_ptr, scale_ptr, expert, row, num_rows, steps, start):
-    """Of the rows' first step in every slice: codes [SLICES, ROWS, 64], scales of its first half [SLICES, ROWS, 4]."""
-    first = expert * steps + start.to(tl.int64)  # [SLICES, 1, 1]
-    w_ptr += first * (num_rows * HALF) + row[None, :, None] * HALF + tl.arange(0, HALF)[None, None, :]
-    scale_ptr += first * (2 * SCALES * num_rows) + row[None, :, None] * SCALES
-    return w_ptr, scale_ptr + tl.arange(0, SCALES)[None, None, :]
+def _scale_pointers(scale_ptr, step, num_rows, row, WORDS: tl.constexpr):
+    """Of a step's first half, its rows' scales [ROWS, 4], or the words that hold four of them, for each of the four.
+
+    A thread of a small tile has less than the four bytes that a copy to shared memory takes at the least.
+    """
+    place = step * 2 * num_rows + row[:, None]
+    if WORDS:
+        return scale_ptr + place + tl.arange(0, SCALES)[None, :] * 0
+    return scale_ptr + place * SCALES + tl.arange(0, SCALES)[None, :]
 
 
 @triton.jit
-def _product(w, scales0, scales1, x0, x1, total, ASSEMBLY: tl.constexpr):
-    """One step of every slice: w u8 [SLICES, ROWS, 64] times x BF16 [SLICES, 64, TOKENS], two halves."""
-    total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
-    return tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
+def _load_scales(scale_ptr, half, WORDS: tl.constexpr):
+    """uint8 or int32 [ROWS, 4]; `half` rows further on lie those of the next half."""
+    if WORDS:
+        return (tl.load(scale_ptr + half) >> (tl.arange(0, SCALES) * 8)[None, :]) & 0xFF
+    return tl.load(scale_ptr + half * SCALES)
+
+
+@triton.jit
+def _product(w_ptr, scale_ptr, next_half, x0, x1, total, ASSEMBLY: tl.constexpr, WORDS: tl.constexpr):
+    """One step: codes u8 [ROWS, 64] times both halves of x, BF16 [64, TOKENS]; their scales lie `next_half` apart."""
+    w = tl.load(w_ptr)
+    scales0, scales1 = _load_scales(scale_ptr, 0, WORDS), _load_scales(scale_ptr, next_half, WORDS)
+    total = tl.dot(first_half(w[None], scales0[None], ASSEMBLY).reshape(w.shape), x0, total)
+    return tl.dot(second_half(w[None], scales1[None], ASSEMBLY).reshape(w.shape), x1, total)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -48,16 +60,18 @@ def gate_up(
     K,
     inner,
     TOP_K: tl.constexpr,
-    SLICES: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    WORDS: tl.constexpr,
+    MASKED: tl.constexpr = True,
 ):
     """silu(gate) * up of every pair: x BF16 [tokens, K], 2 inner rows of weights -> BF16 [pairs, inner].
 
-    SCALED: x are exact products of codes and block scales, and every token has a scale.
+    SCALED: x are exact products of codes and block scales, and every token has a scale. WORDS: scales are read as
+    int32.
     """
     expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
     if expert < 0:
@@ -65,24 +79,24 @@ def gate_up(
     pair, exists = pair_rows(sorted_ptr, tl.program_id(1), num_pairs, TOKENS)
     token = tl.where(exists, pair // TOP_K, 0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    steps = K // DEPTH
-    part = steps // SLICES
-    start = tl.arange(0, SLICES)[:, None, None] * part
-    gate_ptr, gate_scale_ptr = _weight_pointers(w_ptr, scale_ptr, expert, row, 2 * inner, steps, start)
-    up_ptr, up_scale_ptr = gate_ptr + inner * HALF, gate_scale_ptr + inner * SCALES
-    x_ptr += token.to(tl.int64)[None, None, :] * K + start * DEPTH + real_order()[None, :, None]
-    gate, up = tl.zeros((SLICES, ROWS, TOKENS), tl.float32), tl.zeros((SLICES, ROWS, TOKENS), tl.float32)
-    for step in tl.range(0, part, num_stages=STAGES):
-        x0, x1 = tl.load(x_ptr + step * DEPTH), tl.load(x_ptr + step * DEPTH + HALF)
-        at, scale_at = step * (2 * HALF) * inner, step * (4 * SCALES) * inner
-        half = 2 * SCALES * inner
-        scales0, scales1 = tl.load(gate_scale_ptr + scale_at), tl.load(gate_scale_ptr + scale_at + half)
-        gate = _product(tl.load(gate_ptr + at), scales0, scales1, x0, x1, gate, ASSEMBLY)
-        scales0, scales1 = tl.load(up_scale_ptr + scale_at), tl.load(up_scale_ptr + scale_at + half)
-        up = _product(tl.load(up_ptr + at), scales0, scales1, x0, x1, up, ASSEMBLY)
+    steps, rows = K // DEPTH, 2 * inner
+    w_ptr += (expert * steps * rows + row[:, None]) * HALF + tl.arange(0, HALF)[None, :]
+    scale_ptr = _scale_pointers(scale_ptr, expert * steps, rows, row, WORDS)
+    SIZE: tl.constexpr = 1 if WORDS else SCALES
+    x_ptr += token.to(tl.int64)[None, :] * K + real_order()[:, None]
+    gate, up = tl.zeros((ROWS, TOKENS), tl.float32), tl.zeros((ROWS, TOKENS), tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        if MASKED:
+            x0 = tl.load(x_ptr + step * DEPTH, mask=exists[None, :], other=0.0)
+            x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=exists[None, :], other=0.0)
+        else:
+            x0, x1 = tl.load(x_ptr + step * DEPTH), tl.load(x_ptr + step * DEPTH + HALF)
+        at, scales_at = w_ptr + step * HALF * rows, scale_ptr + step * 2 * SIZE * rows
+        gate = _product(at, scales_at, rows, x0, x1, gate, ASSEMBLY, WORDS)
+        up = _product(at + inner * HALF, scales_at + inner * SIZE, rows, x0, x1, up, ASSEMBLY, WORDS)
     row_scale_ptr = row_scale_ptr + expert * 2 * inner + row
-    gate = sum_in_order(gate) * (tl.load(row_scale_ptr) * EPILOGUE)[:, None]
-    up = sum_in_order(up) * (tl.load(row_scale_ptr + inner) * EPILOGUE)[:, None]
+    gate = gate * (tl.load(row_scale_ptr) * EPILOGUE)[:, None]
+    up = up * (tl.load(row_scale_ptr + inner) * EPILOGUE)[:, None]
     if SCALED:
         x_scale = tl.load(x_scale_ptr + token)[None, :]
         gate, up = gate * x_scale, up * x_scale
@@ -102,14 +116,15 @@ def down(
     num_pairs,
     K,
     N,
-    SLICES: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    WORDS: tl.constexpr,
+    MASKED: tl.constexpr = True,
 ):
-    """x BF16 [pairs, K], N rows of weights -> BF16 [pairs, N]; SCALED as above."""
+    """x BF16 [pairs, K], N rows of weights -> BF16 [pairs, N]; SCALED and WORDS as above."""
     expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
@@ -117,17 +132,20 @@ def down(
     source = tl.where(exists, pair, 0).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     steps = K // DEPTH
-    part = steps // SLICES
-    start = tl.arange(0, SLICES)[:, None, None] * part
-    w_ptr, scale_ptr = _weight_pointers(w_ptr, scale_ptr, expert, row, N, steps, start)
-    x_ptr += source[None, None, :] * K + start * DEPTH + real_order()[None, :, None]
-    total = tl.zeros((SLICES, ROWS, TOKENS), tl.float32)
-    for step in tl.range(0, part, num_stages=STAGES):
-        x0, x1 = tl.load(x_ptr + step * DEPTH), tl.load(x_ptr + step * DEPTH + HALF)
-        scale_at = step * (2 * SCALES) * N
-        scales0, scales1 = tl.load(scale_ptr + scale_at), tl.load(scale_ptr + scale_at + SCALES * N)
-        total = _product(tl.load(w_ptr + step * HALF * N), scales0, scales1, x0, x1, total, ASSEMBLY)
-    total = sum_in_order(total) * (tl.load(row_scale_ptr + expert * N + row) * EPILOGUE)[:, None]
+    w_ptr += (expert * steps * N + row[:, None]) * HALF + tl.arange(0, HALF)[None, :]
+    scale_ptr = _scale_pointers(scale_ptr, expert * steps, N, row, WORDS)
+    SIZE: tl.constexpr = 1 if WORDS else SCALES
+    x_ptr += source[None, :] * K + real_order()[:, None]
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        if MASKED:
+            x0 = tl.load(x_ptr + step * DEPTH, mask=exists[None, :], other=0.0)
+            x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=exists[None, :], other=0.0)
+        else:
+            x0, x1 = tl.load(x_ptr + step * DEPTH), tl.load(x_ptr + step * DEPTH + HALF)
+        scales_at = scale_ptr + step * 2 * SIZE * N
+        total = _product(w_ptr + step * HALF * N, scales_at, N, x0, x1, total, ASSEMBLY, WORDS)
+    total = total * (tl.load(row_scale_ptr + expert * N + row) * EPILOGUE)[:, None]
     if SCALED:
         total = total * tl.load(x_scale_ptr + source)[None, :]
     tl.store(out_ptr + pair.to(tl.int64)[None, :] * N + row[:, None], total.to(tl.bfloat16), mask=exists[None, :])

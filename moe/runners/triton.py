@@ -4,84 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ...quant import FP8, NVFP4, Capability, Plain, Scheme, TensorSpec, UnsupportedError, WeightShape
+from ...quant import BF16, FP8, NVFP4, Capability, Plain, Scheme, TensorSpec, UnsupportedError, WeightShape
 from ...quant.kernels.nvfp4_packing import DEPTH, NVFP4Packer
 from ...quant.kernels.plain import PlainKernel
 from ...quant.scheme import Stored
 from ..config import MoeConfig
 from .reference import expert_shapes
+from .triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES, Tile, Tiles
 
-
-class Tile(NamedTuple):
-    """Rows of a weight and tokens of a program, its depth along K, warps, and steps that are loaded ahead.
-
-    `sliced`: K is cut into a part for every warp (NVFP4 for few tokens, see `nvfp4_grouped.py`).
-    """
-
-    rows: int
-    tokens: int
-    depth: int
-    warps: int
-    stages: int
-    sliced: bool = False
-
-    def options(self) -> dict[str, int]:
-        """For a launch."""
-        return {"ROWS": self.rows, "TOKENS": self.tokens, "STAGES": self.stages, "num_warps": self.warps}
-
-
-# Average pairs an expert, at the most -> tile. Measured on an H100 at Qwen3-30B-A3B's
-# shape: benchmarks/NOTES.md.
-Tiles = tuple[tuple[float, Tile], ...]
-BF16_TILES: dict[str, Tiles] = {
-    "w13": (
-        (12, Tile(64, 16, 128, 4, 3)),
-        (24, Tile(128, 32, 128, 8, 3)),
-        (96, Tile(128, 64, 64, 8, 4)),
-        (float("inf"), Tile(128, 128, 64, 8, 4)),
-    ),
-    "w2": (
-        (12, Tile(128, 16, 128, 4, 3)),
-        (24, Tile(128, 32, 128, 8, 3)),
-        (96, Tile(128, 64, 64, 4, 4)),
-        (float("inf"), Tile(128, 128, 64, 4, 3)),
-    ),
-}
-FP8_TILES: dict[str, Tiles] = {
-    "w13": (
-        (12, Tile(64, 16, 256, 4, 3)),
-        (24, Tile(128, 32, 256, 4, 3)),
-        (96, Tile(128, 32, 128, 8, 3)),
-        (float("inf"), Tile(128, 128, 128, 8, 4)),
-    ),
-    "w2": (
-        (12, Tile(128, 16, 256, 8, 2)),
-        (24, Tile(128, 32, 256, 8, 2)),
-        (96, Tile(128, 32, 128, 4, 3)),
-        (float("inf"), Tile(128, 128, 128, 4, 3)),
-    ),
-}
-NVFP4_TILES: dict[str, Tiles] = {
-    "w13": (
-        (3, Tile(32, 8, DEPTH, 1, 3, sliced=True)),
-        (12, Tile(32, 16, DEPTH, 1, 3, sliced=True)),
-        (24, Tile(128, 32, DEPTH, 4, 3)),
-        (96, Tile(128, 64, DEPTH, 8, 3)),
-        (float("inf"), Tile(64, 128, DEPTH, 4, 3)),
-    ),
-    "w2": (
-        (3, Tile(32, 8, DEPTH, 1, 3, sliced=True)),
-        (12, Tile(32, 16, DEPTH, 1, 3, sliced=True)),
-        (24, Tile(128, 32, DEPTH, 4, 3)),
-        (96, Tile(128, 64, DEPTH, 4, 3)),
-        (float("inf"), Tile(128, 128, DEPTH, 4, 3)),
-    ),
-}
 TILES: dict[type, dict[str, Tiles]] = {Plain: BF16_TILES, FP8: FP8_TILES, NVFP4: NVFP4_TILES}
 
 
@@ -171,15 +106,11 @@ class TritonRunner:
             return f"computes in bfloat16, not {dtype}"
         if config.bias or config.activation != "silu":
             return "computes plain SwiGLU, without biases"
-        if isinstance(scheme, Plain) and scheme.dtype == torch.bfloat16:
-            depth = 128
-        elif isinstance(scheme, FP8) and scheme.activation in ("per_token", "static"):
-            depth = 256
-        elif isinstance(scheme, NVFP4) and scheme.activation in ("none", "per_token", "static"):
-            depth = DEPTH
-        else:
+        modes = {Plain: ("none",), FP8: ("per_token", "static"), NVFP4: ("none", "per_token", "static")}
+        if scheme.activation not in modes[type(scheme)] or (isinstance(scheme, Plain) and scheme != BF16):
             asked = f"{scheme.name} with activations {scheme.activation!r}"
             return f"computes BF16, FP8 and NVFP4 per token or static, and NVFP4 W4A16, not {asked}"
+        depth = DEPTH if isinstance(scheme, NVFP4) else 64
         if config.hidden_size % depth or config.intermediate_size % depth:
             return f"hidden and intermediate sizes are multiples of {depth}"
         return None
@@ -227,20 +158,22 @@ class TritonRunner:
         from ..gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 
         kernels: Any = grouped_gemm  # to a type checker they take no launch options
-        weights = _weights(packed)
+        num_rows, weights = out.shape[1], _weights(packed)
+        tile = tile.fitting(num_rows, x.shape[1])
         if not isinstance(self.scheme, NVFP4):
             options["DEPTH"] = tile.depth
-        elif tile.sliced:
-            kernels = nvfp4_grouped
-            options |= {"SLICES": tile.warps, "ASSEMBLY": x.is_cuda}
-        else:
-            kernels, own = nvfp4_grouped_many, scale is x
+        elif tile.takes_large_instruction:
+            kernels, options["ASSEMBLY"] = nvfp4_grouped_many, x.is_cuda
             x = kernels.in_word_order(x)
-            scale, weights[0] = x if own else scale, weights[0].view(torch.int32)
-            options["ASSEMBLY"] = x.is_cuda
+            weights[:2] = (part.view(torch.int32) for part in weights[:2])
+        else:
+            kernels, options["ASSEMBLY"] = nvfp4_grouped, x.is_cuda
+            options["WORDS"] = tile.rows < 32 * tile.warps  # less than four bytes of scales a thread
+            if options["WORDS"]:
+                weights[1] = weights[1].view(torch.int32)
         kernel = kernels.gate_up if weight == "w13" else kernels.down
-        kernel[(out.shape[1] // tile.rows, len(blocks[1]))](
-            x, scale, *weights, out, *blocks, num_pairs, x.shape[1], out.shape[1],
+        kernel[(num_rows // tile.rows, len(blocks[1]))](
+            x, scale, *weights, out, *blocks, num_pairs, x.shape[1], num_rows,
             SCALED=self.scheme.activation != "none", **tile.options(), **options,
         )  # fmt: skip
 

@@ -92,12 +92,12 @@ def _few_tokens(
         scale_ptr += 2 * SCALES * N
         total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
         total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
-    total, row, token = sum_in_order(total), row[:, None], token[None, :]
+    total, row, token = _sum_in_order(total), row[:, None], token[None, :]
     _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
 
 
 @triton.jit
-def sum_in_order(parts):
+def _sum_in_order(parts):
     """[SLICES, ROWS, TOKENS] -> [ROWS, TOKENS], part after part: ((p0 + p1) + p2) + ..."""
     SLICES: tl.constexpr = parts.shape[0]
     R: tl.constexpr = parts.shape[1]

@@ -38,9 +38,9 @@ def pack_kernel(
     start = row.to(tl.int64)[:, None]
     first = _codes(codes_ptr, scales_ptr, start, quad, group, K, exists)
     second = _codes(codes_ptr, scales_ptr, start, quad + 16, group + 4, K, exists)
-    bits = _half_word(first, second) | (_half_word(first >> 4, second >> 4) << 16)
+    bits = _word(_pair(first), _pair(first >> 8), _pair(second), _pair(second >> 8))
     place = ((unit * steps + step).to(tl.int64) * num_rows + own)[:, None]
-    tl.store(weight_ptr + place * 16 + word[None, :], bits, mask=exists)
+    tl.store(weight_ptr + place * 16 + word[None, :], bits.to(tl.int32, bitcast=True), mask=exists)
 
     group = tl.arange(0, 8)[None, :]
     inside = exists & (step * 8 + group < K // 16)
@@ -64,11 +64,18 @@ def _codes(codes_ptr, scales_ptr, row, quad, group, K, exists):
 
 
 @triton.jit
-def _half_word(first, second):
-    """Of the codes A and B, C and D in the bits 0 to 3 and 8 to 11."""
-    signs = ((first & 0x8) << 12) | ((first & 0x800) << 1) | ((second & 0x8) << 6) | ((second & 0x800) << 3)
-    bits = ((first & 0x7) << 6) | ((first & 0x700) >> 5) | (second & 0x7)
-    return signs | bits | ((second & 0x400) << 3) | ((second & 0x300) << 2)
+def _pair(codes):
+    """Two neighbours -> two BF16 numbers, uint32: the sign at 15, magnitude at 8 to 6, the second 16 bits higher."""
+    codes = (codes.to(tl.uint32) & 0x0F) | ((codes.to(tl.uint32) & 0xF0) << 12)
+    return ((codes & 0x00080008) << 12) | ((codes & 0x00070007) << 6)
+
+
+@triton.jit
+def _word(a, b, c, d):
+    """Four pairs in a word, as `nvfp4_widen.py` draws it."""
+    b, d_end = (b << 4) | (b >> 28), (d >> 2) & 0x00100010
+    d = d & 0x81808180
+    return a | b | (c >> 6) | (d << 6) | (d >> 26) | d_end
 
 
 @on_own_device

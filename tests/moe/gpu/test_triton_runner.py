@@ -7,7 +7,8 @@ import torch
 
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
-from rollmill.moe.runners.triton import BF16_TILES, FP8_TILES, NVFP4_TILES, Tile, TritonRunner
+from rollmill.moe.runners.triton import TritonRunner
+from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES, Tile
 from rollmill.quant import BF16, FP8, NVFP4, Capability, Plain, UnsupportedError, numerics
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -43,7 +44,7 @@ class Layer:
         generator = torch.Generator().manual_seed(seed)
         self.runner = TritonRunner(CONFIG, scheme, HOPPER, torch.bfloat16)
         if DEVICE.type == "cpu" and isinstance(scheme, NVFP4):  # the interpreter takes its time for every program
-            self.runner.tiles = one_tile(Tile(256, 16, 128, 1, 2, sliced=True))
+            self.runner.tiles = one_tile(Tile(256, 16, 128, 1, 2))
         self.scheme, self.packed, self.weights = scheme, [], []
         self.input_scales: list[torch.Tensor] = []  # of w13 and w2, one an expert
         self.inner = torch.empty(0)
@@ -124,21 +125,22 @@ def test_a_layer_equals_float64(name: str, count: int):
 
 
 OTHER_TILES = {  # than those that few tokens take
-    "two slices": Tile(128, 8, 128, 2, 2, sliced=True),
+    "scales in words": Tile(32, 8, 128, 2, 2),
     "many tokens": Tile(128, 16, 128, 4, 2),
 }
 
 
-@pytest.mark.parametrize("tile", OTHER_TILES)
-@pytest.mark.parametrize("name", ["nvfp4_w4a16", "nvfp4"])
+@pytest.mark.parametrize(
+    ("name", "tile"), [("nvfp4_w4a16", "scales in words"), ("nvfp4_w4a16", "many tokens"), ("nvfp4", "many tokens")]
+)
 def test_other_tiles_equal_float64(name: str, tile: str):
     layer = Layer(SCHEMES[name])
     layer.runner.tiles = one_tile(OTHER_TILES[tile])
-    assert_right(layer, *tokens(5))
+    assert_right(layer, *tokens(3 if tile == "scales in words" else 5))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(6))
 @pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16"])
 def test_every_tile_of_the_tables_equals_float64(name: str, place: int):
     if DEVICE.type == "cpu":
@@ -151,10 +153,10 @@ def test_every_tile_of_the_tables_equals_float64(name: str, place: int):
 
 
 def test_columns_go_where_the_large_matrix_instruction_wants_them():
-    """Columns that lie at 16 q + 4 c + 2 h + b go to 16 c + 8 h + 2 q + b."""
+    """Columns that lie at 16 q + 8 d + 4 c + 2 h + b go to 32 d + 16 h + 8 c + 2 q + b."""
     x = (torch.arange(3 * 128) % 251).view(3, 128).bfloat16()  # whole numbers that BF16 has
     found = in_word_order(x.to(DEVICE)).cpu()
-    expected = x.view(3, 2, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(3, 128)
+    expected = x.view(3, 2, 4, 2, 2, 2, 2).permute(0, 1, 3, 5, 4, 2, 6).reshape(3, 128)
     assert torch.equal(found, expected)
 
 
@@ -172,6 +174,19 @@ def test_a_token_is_bit_equal_in_any_company(name: str):
     assert torch.equal(layer(x[3:4], ids[3:4], weights[3:4])[0], whole[3])
     mixed = torch.tensor([5, 3, 0])
     assert torch.equal(layer(x[mixed], ids[mixed], weights[mixed])[1], whole[3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16", "nvfp4"])
+def test_a_token_is_bit_equal_among_any_number(name: str):
+    """All tiles of the tables: 2 choices among 4 experts are half as many pairs an expert as there are tokens."""
+    if DEVICE.type == "cpu":
+        pytest.skip("torch sees no GPU")
+    layer = Layer(SCHEMES[name])
+    x, ids, weights = tokens(900)
+    whole = layer(x, ids, weights)
+    for count in (1, 7, 20, 40, 64, 180, 360):
+        assert torch.equal(layer(x[:count], ids[:count], weights[:count]), whole[:count]), count
 
 
 def test_no_tokens():
@@ -227,9 +242,9 @@ def test_what_it_cannot_compute_is_said():
     assert reason(scheme=BF16) == reason(scheme=BF16, sm=100) == "none"
     assert "sm90, sm100" in reason(scheme=BF16, sm=120)
     assert "multiples of 128" in reason(
-        MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=192), scheme=BF16
+        MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=192), scheme=NVFP4()
     )
-    assert "multiples of 256" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=192))
+    assert "multiples of 64" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=160))
     assert "biases" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256, bias=True))
     bare = Capability(DEVICE, 90, ())
     assert TritonRunner.unsupported(CONFIG, FP8(), bare, torch.bfloat16) == "triton is not installed"

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rollmill.moe.gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
-from rollmill.moe.runners.triton import BF16_TILES, FP8_TILES, NVFP4_TILES
+from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
 from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, nvfp4_pack, quantize, word_sums
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -132,16 +132,17 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
         ("fp8", fp8, FP8_TILES, {"SCALED": True}),
         ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "ASSEMBLY": True}),
     ):
-        for (weight, size, top_k), at in itertools.product((("w13", "inner", {"TOP_K": 8}), ("w2", "N", {})), range(5)):
-            if at == len(table[weight]):
+        for (weight, size, top_k), at in itertools.product((("w13", "inner", {"TOP_K": 8}), ("w2", "N", {})), range(6)):
+            if at >= len(table[weight]):
                 continue
             most, tile = table[weight][at]
             own, reads = {"DEPTH": tile.depth}, inputs
             module: Any = grouped_gemm
-            if name == "nvfp4" and tile.sliced:
-                module, own = nvfp4_grouped, {"SLICES": tile.warps}
+            if name == "nvfp4" and tile.takes_large_instruction:
+                module, own, reads = nvfp4_grouped_many, {}, inputs | {"w_ptr": "*i32", "scale_ptr": "*i32"}
             elif name == "nvfp4":
-                module, own, reads = nvfp4_grouped_many, {}, inputs | {"w_ptr": "*i32"}
+                module, own = nvfp4_grouped, {"WORDS": tile.rows < 32 * tile.warps}
+                reads = inputs | ({"scale_ptr": "*i32"} if own["WORDS"] else {})
             kernel = module.gate_up if weight == "w13" else module.down
             sizes = {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages} | own | top_k | more
             found[f"experts_{name}_{weight}_{most}"] = (kernel, reads | rest | {size: "i32:16"}, sizes, tile.warps)
