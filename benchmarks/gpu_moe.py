@@ -163,7 +163,7 @@ def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, Tile]
         x = torch.randn(tokens if weight == "w13" else num_pairs, shape.cols or 0, device="cuda").bfloat16()
         out = x.new_empty(num_pairs, shape.rows[0])
         x, scale = quantize_fp8(x) if isinstance(layer.scheme, FP8) else (x, x.new_ones(len(x), dtype=torch.float32))
-        options = {"TOP_K": CONFIG.top_k} if weight == "w13" else {}
+        options = {"SORTED": True} | ({"TOP_K": CONFIG.top_k} if weight == "w13" else {})
         arguments = (weight, tile, x, scale, packed, out, blocks, num_pairs)
         yield lambda arguments=arguments, options=options: runner._launch(*arguments, **options)
 

@@ -18,14 +18,23 @@ from ...quant.gpu.device import on_own_device
 
 
 @triton.jit
-def pair_rows(sorted_ptr, block, num_pairs, TOKENS: tl.constexpr):
-    """The (token, choice) pairs of one block, and which of them exist."""
-    pair = tl.load(sorted_ptr + block * TOKENS + tl.arange(0, TOKENS))
-    return pair, pair < num_pairs
+def find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS: tl.constexpr, SORTED: tl.constexpr):
+    """A program's expert, -1 if it has none; the (token, choice) pairs of its block, and which of them exist.
+
+    Not SORTED: every pair is a block of its own, and expert_ptr are the pairs' experts.
+    """
+    block = tl.program_id(1)
+    expert = tl.load(expert_ptr + block).to(tl.int64)
+    place = tl.arange(0, TOKENS)
+    if SORTED:
+        pair = tl.load(sorted_ptr + block * TOKENS + place)
+    else:
+        pair = tl.where(place == 0, block, num_pairs)
+    return expert, pair, pair < num_pairs
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def gate_up(
+def grouped_gate_up(
     x_ptr,
     x_scale_ptr,
     w_ptr,
@@ -42,15 +51,15 @@ def gate_up(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     """silu(gate) * up of every pair: x [tokens, K], w [experts, 2 inner, K] -> BF16 [pairs, inner].
 
     SCALED: both are FP8, every token and every row has a scale; else both are BF16.
     """
-    expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
-    pair, exists = pair_rows(sorted_ptr, tl.program_id(1), num_pairs, TOKENS)
     token = tl.where(exists, pair // TOP_K, 0)
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     gate_ptr = w_ptr + (expert * 2 * inner + row[:, None]) * K + k[None, :]
@@ -80,7 +89,7 @@ def store_gated(out_ptr, gate, up, pair, row, exists, inner):
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def down(
+def grouped_down(
     x_ptr,
     x_scale_ptr,
     w_ptr,
@@ -96,12 +105,12 @@ def down(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     """x [pairs, K], w [experts, N, K] -> BF16 [pairs, N]; SCALED as above."""
-    expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
-    pair, exists = pair_rows(sorted_ptr, tl.program_id(1), num_pairs, TOKENS)
     source = tl.where(exists, pair, 0).to(tl.int64)
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     w_ptr = w_ptr + (expert * N + row[:, None]) * K + k[None, :]

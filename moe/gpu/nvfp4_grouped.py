@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ...quant.gpu.nvfp4_widen import DEPTH, EPILOGUE, HALF, SCALES, first_half, real_order, second_half
-from .grouped_gemm import pair_rows, store_gated
+from .grouped_gemm import find_block, store_gated
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _product(w_ptr, scale_ptr, next_half, x0, x1, total, ASSEMBLY: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def gate_up(
+def grouped_gate_up(
     x_ptr,
     x_scale_ptr,
     w_ptr,
@@ -64,6 +64,7 @@ def gate_up(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
+    SORTED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
     MASKED: tl.constexpr = True,
@@ -73,10 +74,9 @@ def gate_up(
     SCALED: x are exact products of codes and block scales, and every token has a scale. WORDS: scales are read as
     int32.
     """
-    expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
-    pair, exists = pair_rows(sorted_ptr, tl.program_id(1), num_pairs, TOKENS)
     token = tl.where(exists, pair // TOP_K, 0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     steps, rows = K // DEPTH, 2 * inner
@@ -104,7 +104,7 @@ def gate_up(
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def down(
+def grouped_down(
     x_ptr,
     x_scale_ptr,
     w_ptr,
@@ -120,15 +120,15 @@ def down(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
+    SORTED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
     MASKED: tl.constexpr = True,
 ):
     """x BF16 [pairs, K], N rows of weights -> BF16 [pairs, N]; SCALED and WORDS as above."""
-    expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
-    pair, exists = pair_rows(sorted_ptr, tl.program_id(1), num_pairs, TOKENS)
     source = tl.where(exists, pair, 0).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     steps = K // DEPTH

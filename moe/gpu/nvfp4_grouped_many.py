@@ -30,7 +30,7 @@ from ...quant.gpu.nvfp4_widen import (
     pair_d,
     times_scale,
 )
-from .grouped_gemm import pair_rows, store_gated
+from .grouped_gemm import find_block, store_gated
 
 WORDS = tl.constexpr(16)  # of a row and a step
 FIRST = tl.constexpr(
@@ -79,7 +79,7 @@ def _step(words, scales0, scales1, x0, x1, total, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def gate_up(
+def grouped_gate_up(
     x_ptr,
     x_scale_ptr,
     w_ptr,
@@ -96,13 +96,13 @@ def gate_up(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
+    SORTED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """`nvfp4_grouped.gate_up` with x in word order; codes and scales are read as int32."""
-    expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
+    """`nvfp4_grouped.grouped_gate_up` with x in word order; codes and scales are read as int32."""
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
-    pair, exists = pair_rows(sorted_ptr, tl.program_id(1), num_pairs, TOKENS)
     token = tl.where(exists, pair // TOP_K, 0)
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)
     steps = K // DEPTH
@@ -128,7 +128,7 @@ def gate_up(
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def down(
+def grouped_down(
     x_ptr,
     x_scale_ptr,
     w_ptr,
@@ -144,13 +144,13 @@ def down(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
+    SORTED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """`nvfp4_grouped.down` with x in word order; codes and scales are read as int32."""
-    expert = tl.load(expert_ptr + tl.program_id(1)).to(tl.int64)
+    """`nvfp4_grouped.grouped_down` with x in word order; codes and scales are read as int32."""
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
-    pair, exists = pair_rows(sorted_ptr, tl.program_id(1), num_pairs, TOKENS)
     source = tl.where(exists, pair, 0).to(tl.int64)
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)
     steps = K // DEPTH

@@ -130,16 +130,17 @@ class TritonRunner:
 
         num_pairs, hidden, inner = ids.numel(), self.config.hidden_size, self.config.intermediate_size
         tile = self._tile("w13", num_pairs)
-        blocks = make_blocks(ids, self.config.num_experts, tile.tokens)
+        alone = len(ids) == 1 or num_pairs <= self.config.num_experts // 4  # few share an expert: sorting takes longer
+        blocks = (ids, ids.view(-1)) if alone else make_blocks(ids, self.config.num_experts, tile.tokens)
         values, scale, choices = self._quantize(x, ids, w13, self.config.top_k)
         activated = x.new_empty(num_pairs, inner)
-        self._launch("w13", tile, values, scale, w13, activated, blocks, num_pairs, TOP_K=choices)
+        self._launch("w13", tile, values, scale, w13, activated, blocks, num_pairs, SORTED=not alone, TOP_K=choices)
         self.watch_w2(activated)
         other, tile = tile, self._tile("w2", num_pairs)
         assert other.tokens == tile.tokens
         values, scale, _ = self._quantize(activated, ids, w2, 1)
         out = x.new_empty(num_pairs, hidden)
-        self._launch("w2", tile, values, scale, w2, out, blocks, num_pairs)
+        self._launch("w2", tile, values, scale, w2, out, blocks, num_pairs, SORTED=not alone)
         return out
 
     def _launch(
@@ -171,7 +172,7 @@ class TritonRunner:
             options["WORDS"] = tile.rows < 32 * tile.warps  # less than four bytes of scales a thread
             if options["WORDS"]:
                 weights[1] = weights[1].view(torch.int32)
-        kernel = kernels.gate_up if weight == "w13" else kernels.down
+        kernel = kernels.grouped_gate_up if weight == "w13" else kernels.grouped_down
         kernel[(num_rows // tile.rows, len(blocks[1]))](
             x, scale, *weights, out, *blocks, num_pairs, x.shape[1], num_rows,
             SCALED=self.scheme.activation != "none", **tile.options(), **options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec import structs
 
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
@@ -136,7 +137,17 @@ OTHER_TILES = {  # than those that few tokens take
 def test_other_tiles_equal_float64(name: str, tile: str):
     layer = Layer(SCHEMES[name])
     layer.runner.tiles = one_tile(OTHER_TILES[tile])
-    assert_right(layer, *tokens(3 if tile == "scales in words" else 5))
+    assert_right(layer, *tokens(1 if tile == "scales in words" else 5))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16"])
+def test_pairs_that_are_not_sorted_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Two tokens of 4 experts are sorted, those of 16 are not."""
+    layer, asked = Layer(SCHEMES[name]), tokens(2)
+    in_order = layer(*asked)
+    monkeypatch.setattr(layer.runner, "config", structs.replace(CONFIG, num_experts=16))
+    monkeypatch.setattr(blocks, "make_blocks", lambda *_: pytest.fail("it sorted"))
+    assert torch.equal(layer(*asked), in_order)
 
 
 @pytest.mark.gpu

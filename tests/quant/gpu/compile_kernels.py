@@ -128,9 +128,9 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
     rest |= {"num_pairs": "i32", "K": "i32:16"}
     bf16 = {"x_ptr": "*bf16", "x_scale_ptr": "*bf16", "w_ptr": "*bf16"}
     for name, inputs, table, more in (
-        ("bf16", bf16, BF16_TILES, {"SCALED": False}),
-        ("fp8", fp8, FP8_TILES, {"SCALED": True}),
-        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "ASSEMBLY": True}),
+        ("bf16", bf16, BF16_TILES, {"SCALED": False, "SORTED": True}),
+        ("fp8", fp8, FP8_TILES, {"SCALED": True, "SORTED": True}),
+        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "SORTED": True, "ASSEMBLY": True}),
     ):
         for (weight, size, top_k), at in itertools.product((("w13", "inner", {"TOP_K": 8}), ("w2", "N", {})), range(6)):
             if at >= len(table[weight]):
@@ -143,7 +143,7 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
             elif name == "nvfp4":
                 module, own = nvfp4_grouped, {"WORDS": tile.rows < 32 * tile.warps}
                 reads = inputs | ({"scale_ptr": "*i32"} if own["WORDS"] else {})
-            kernel = module.gate_up if weight == "w13" else module.down
+            kernel = module.grouped_gate_up if weight == "w13" else module.grouped_down
             sizes = {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages} | own | top_k | more
             found[f"experts_{name}_{weight}_{most}"] = (kernel, reads | rest | {size: "i32:16"}, sizes, tile.warps)
     return found
