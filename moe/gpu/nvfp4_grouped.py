@@ -67,7 +67,6 @@ def grouped_gate_up(
     SORTED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
-    MASKED: tl.constexpr = True,
 ):
     """silu(gate) * up of every pair: x BF16 [tokens, K], 2 inner rows of weights -> BF16 [pairs, inner].
 
@@ -86,11 +85,8 @@ def grouped_gate_up(
     x_ptr += token.to(tl.int64)[None, :] * K + real_order()[:, None]
     gate, up = tl.zeros((ROWS, TOKENS), tl.float32), tl.zeros((ROWS, TOKENS), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        if MASKED:
-            x0 = tl.load(x_ptr + step * DEPTH, mask=exists[None, :], other=0.0)
-            x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=exists[None, :], other=0.0)
-        else:
-            x0, x1 = tl.load(x_ptr + step * DEPTH), tl.load(x_ptr + step * DEPTH + HALF)
+        x0 = tl.load(x_ptr + step * DEPTH, mask=exists[None, :], other=0.0)
+        x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=exists[None, :], other=0.0)
         at, scales_at = w_ptr + step * HALF * rows, scale_ptr + step * 2 * SIZE * rows
         gate = _product(at, scales_at, rows, x0, x1, gate, ASSEMBLY, WORDS)
         up = _product(at + inner * HALF, scales_at + inner * SIZE, rows, x0, x1, up, ASSEMBLY, WORDS)
@@ -123,7 +119,6 @@ def grouped_down(
     SORTED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
-    MASKED: tl.constexpr = True,
 ):
     """x BF16 [pairs, K], N rows of weights -> BF16 [pairs, N]; SCALED and WORDS as above."""
     expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
@@ -138,11 +133,8 @@ def grouped_down(
     x_ptr += source[None, :] * K + real_order()[:, None]
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        if MASKED:
-            x0 = tl.load(x_ptr + step * DEPTH, mask=exists[None, :], other=0.0)
-            x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=exists[None, :], other=0.0)
-        else:
-            x0, x1 = tl.load(x_ptr + step * DEPTH), tl.load(x_ptr + step * DEPTH + HALF)
+        x0 = tl.load(x_ptr + step * DEPTH, mask=exists[None, :], other=0.0)
+        x1 = tl.load(x_ptr + step * DEPTH + HALF, mask=exists[None, :], other=0.0)
         scales_at = scale_ptr + step * 2 * SIZE * N
         total = _product(w_ptr + step * HALF * N, scales_at, N, x0, x1, total, ASSEMBLY, WORDS)
     total = total * (tl.load(row_scale_ptr + expert * N + row) * EPILOGUE)[:, None]

@@ -129,18 +129,18 @@ class TritonRunner:
         from ..gpu.blocks import make_blocks
 
         num_pairs, hidden, inner = ids.numel(), self.config.hidden_size, self.config.intermediate_size
-        tile = self._tile("w13", num_pairs)
+        first, second = self._tile("w13", num_pairs), self._tile("w2", num_pairs)
         alone = len(ids) == 1 or num_pairs <= self.config.num_experts // 4  # few share an expert: sorting takes longer
-        blocks = (ids, ids.view(-1)) if alone else make_blocks(ids, self.config.num_experts, tile.tokens)
+        blocks = (ids, ids.view(-1)) if alone else make_blocks(ids, self.config.num_experts, first.tokens)
         values, scale, choices = self._quantize(x, ids, w13, self.config.top_k)
         activated = x.new_empty(num_pairs, inner)
-        self._launch("w13", tile, values, scale, w13, activated, blocks, num_pairs, SORTED=not alone, TOP_K=choices)
+        self._launch("w13", first, values, scale, w13, activated, blocks, num_pairs, SORTED=not alone, TOP_K=choices)
         self.watch_w2(activated)
-        other, tile = tile, self._tile("w2", num_pairs)
-        assert other.tokens == tile.tokens
+        if second.tokens != first.tokens and not alone:
+            blocks = make_blocks(ids, self.config.num_experts, second.tokens)
         values, scale, _ = self._quantize(activated, ids, w2, 1)
         out = x.new_empty(num_pairs, hidden)
-        self._launch("w2", tile, values, scale, w2, out, blocks, num_pairs, SORTED=not alone)
+        self._launch("w2", second, values, scale, w2, out, blocks, num_pairs, SORTED=not alone)
         return out
 
     def _launch(
@@ -156,6 +156,7 @@ class TritonRunner:
         **options: int,
     ) -> None:
         """One grouped product of x, in BF16, FP8 or products of NVFP4 codes and scales, with a scale a row or none."""
+        from ...quant.gpu.nvfp4_words import in_word_order
         from ..gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 
         kernels: Any = grouped_gemm  # to a type checker they take no launch options
@@ -165,7 +166,7 @@ class TritonRunner:
             options["DEPTH"] = tile.depth
         elif tile.takes_large_instruction:
             kernels, options["ASSEMBLY"] = nvfp4_grouped_many, x.is_cuda
-            x = kernels.in_word_order(x)
+            x = in_word_order(x)
             weights[:2] = (part.view(torch.int32) for part in weights[:2])
         else:
             kernels, options["ASSEMBLY"] = nvfp4_grouped, x.is_cuda

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
-from .nvfp4_widen import DEPTH, EPILOGUE, HALF, SCALES, first_half, real_order, second_half
+from .nvfp4_store import store_scaled
+from .nvfp4_widen import DEPTH, HALF, SCALES, first_half, real_order, second_half
 
 
 class Tile(NamedTuple):
@@ -93,7 +94,7 @@ def _few_tokens(
         total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
         total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
     total, row, token = _sum_in_order(total), row[:, None], token[None, :]
-    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
 
 
 @triton.jit
@@ -186,37 +187,7 @@ def _many_tokens(
             x, w = tl.load(x_ptr + step), tl.load(w_ptr + step)
         total = tl.dot(x, tl.trans(w), total)
     row, token = row[None, :], token[:, None]
-    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
-
-
-@triton.jit
-def _store(
-    total,
-    row_scale_ptr,
-    token_scale_ptr,
-    bias_ptr,
-    out_ptr,
-    row,
-    token,
-    M,
-    N,
-    end_row,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """Row and token scales and the bias in float32, then one rounding; `row` and `token` span the tile.
-
-    SCALED: 0 no scale, 1 of each token, 2 of all.
-    """
-    mine = row < end_row
-    total = total * (tl.load(row_scale_ptr + row, mask=mine, other=0.0) * EPILOGUE)
-    if SCALED == 1:
-        total = total * tl.load(token_scale_ptr + token, mask=token < M, other=0.0)
-    if SCALED == 2:
-        total = total * tl.load(token_scale_ptr)
-    if BIAS:
-        total += tl.load(bias_ptr + row, mask=mine, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token.to(tl.int64) * N + row, total.to(tl.bfloat16), mask=mine & (token < M))
+    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
 
 
 def num_slices(steps: int) -> int:

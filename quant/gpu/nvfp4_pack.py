@@ -32,35 +32,24 @@ def pack_kernel(
     """A word takes four codes of either half of a step, which lie side by side; see `nvfp4_widen.py` for its bits."""
     step, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     unit, own = row // num_rows, row % num_rows
-    word, exists = tl.arange(0, 16), (row < all_rows)[:, None]
-    c, q = word >> 2, word & 3  # places 16 c + 4 q + i of a half are k = 16 q + 4 c + i
-    quad, group = step * 32 + q * 4 + c, step * 8 + q
-    start = row.to(tl.int64)[:, None]
-    first = _codes(codes_ptr, scales_ptr, start, quad, group, K, exists)
-    second = _codes(codes_ptr, scales_ptr, start, quad + 16, group + 4, K, exists)
-    bits = _word(_pair(first), _pair(first >> 8), _pair(second), _pair(second >> 8))
-    place = ((unit * steps + step).to(tl.int64) * num_rows + own)[:, None]
-    tl.store(weight_ptr + place * 16 + word[None, :], bits.to(tl.int32, bitcast=True), mask=exists)
-
-    group = tl.arange(0, 8)[None, :]
+    start, exists = row.to(tl.int64)[:, None], (row < all_rows)[:, None]
+    group, quad = tl.arange(0, 8)[None, :], tl.arange(0, 32)[None, :]
     inside = exists & (step * 8 + group < K // 16)
     scales = tl.load(scales_ptr + start * (K // 16) + step * 8 + group, mask=inside, other=0)
+
+    # quads of neighbours, 16 half + 4 q + c, are those of the places 16 c + 4 q of their half
+    codes = tl.load(codes_ptr + start * (K // 4) + step * 32 + quad, mask=exists & (step * 32 + quad < K // 4), other=0)
+    zero = tl.broadcast_to(((scales & 0x7F) == 0)[:, :, None], (ROWS, 8, 4)).reshape(ROWS, 32)
+    codes = tl.where(zero, 0, codes)  # a scale of zero is E4M3's, not UE5M3's: its codes become zero instead
+    first, second = tl.split(tl.permute(codes.to(tl.int32).reshape(ROWS, 2, 4, 4), (0, 3, 2, 1)))
+    bits = _word(_pair(first), _pair(first >> 8), _pair(second), _pair(second >> 8)).reshape(ROWS, 16)
+    place = ((unit * steps + step).to(tl.int64) * num_rows + own)[:, None]
+    tl.store(weight_ptr + place * 16 + tl.arange(0, 16)[None, :], bits.to(tl.int32, bitcast=True), mask=exists)
+
     value = tl.maximum(scales.to(tl.float8e4nv, bitcast=True).to(tl.float32), E4M3_MIN)
     bits = tl.where(inside, (value.to(tl.int32, bitcast=True) >> 20) - UE5M3_BIAS, 0)
     place = ((unit * steps + step).to(tl.int64) * 2)[:, None] * num_rows + (group >> 2) * num_rows + own[:, None]
     tl.store(block_scale_ptr + place * 4 + (group & 3), bits.to(tl.uint8), mask=exists)
-
-
-@triton.jit
-def _codes(codes_ptr, scales_ptr, row, quad, group, K, exists):
-    """Four neighbours of every row and word: int32, the first in the low four bits.
-
-    A scale of zero is E4M3's, not UE5M3's: its codes become zero instead.
-    """
-    inside = exists & (quad < K // 4)[None, :]
-    codes = tl.load(codes_ptr + row * (K // 4) + quad[None, :], mask=inside, other=0).to(tl.int32)
-    scale = tl.load(scales_ptr + row * (K // 16) + group[None, :], mask=inside, other=0)
-    return tl.where((scale & 0x7F) == 0, 0, codes)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu import blocks  # noqa: E402 (after the conftest's set-up)
 from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402
-from rollmill.moe.gpu.nvfp4_grouped_many import in_word_order  # noqa: E402
+from rollmill.quant.gpu.nvfp4_words import in_word_order  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = Capability(DEVICE, 90, ("triton",))
@@ -233,9 +233,24 @@ def test_blocks_hold_every_pair_once_with_its_expert(
         assert all(flat[pair] == expert for pair in real.tolist())
 
 
-@pytest.mark.parametrize("tiles", [BF16_TILES, FP8_TILES, NVFP4_TILES], ids=["bf16", "fp8", "nvfp4"])
-def test_both_products_use_the_same_blocks(tiles: dict):
-    assert [(most, tile[1]) for most, tile in tiles["w13"]] == [(most, tile[1]) for most, tile in tiles["w2"]]
+def test_the_two_products_may_have_blocks_of_unequal_size():
+    layer, asked = Layer(SCHEMES["bf16"]), tokens(5)
+    same = layer(*asked)
+    layer.runner.tiles = layer.runner.tiles | {"w2": ((float("inf"), Tile(128, 32, 128, 4, 2)),)}
+    assert torch.equal(layer(*asked), same)
+
+
+def test_a_tile_fits_rows_and_columns_that_it_does_not_divide():
+    assert Tile(256, 16, 256, 8, 2).fitting(768, 2048) == Tile(256, 16, 256, 8, 2)
+    assert Tile(256, 16, 256, 8, 2).fitting(1408, 960) == Tile(128, 16, 64, 8, 2)
+
+
+@pytest.mark.parametrize("table", [BF16_TILES, FP8_TILES, NVFP4_TILES], ids=["bf16", "fp8", "nvfp4"])
+def test_the_last_tile_is_for_any_number_of_tokens(table: dict):
+    for tiles in table.values():
+        mosts = [most for most, _ in tiles]
+        assert mosts == sorted(mosts)
+        assert mosts[-1] == float("inf")
 
 
 def test_what_it_cannot_compute_is_said():
