@@ -2,8 +2,9 @@
 
 Up to FEW tokens: the weight's rows are the tall side of a tile, K is cut into equal slices, by the shape alone, and
 every warp of a program sums one slice, step by step; then the slices are summed in order. A token's result depends on
-no other token, nor on how many there are. Above, weights are decoded to BF16 once and multiplied as such: again
-independent of other tokens, but summed in another order than up to FEW.
+no other token, nor on how many there are. Up to MIDDLE it has the same bits from the large matrix instruction
+(`nvfp4_middle.py`). Above, weights are decoded to BF16 once and multiplied as such: again independent of other tokens,
+but summed in another order.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -14,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
+from .nvfp4_middle import middle_tokens
 from .nvfp4_store import store_scaled
 from .nvfp4_widen import DEPTH, HALF, SCALES, first_half, real_order, second_half
+from .nvfp4_words import in_word_order
 
 
 class Tile(NamedTuple):
@@ -33,9 +37,16 @@ class Tile(NamedTuple):
     warps: int = 0
 
 
-# Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md. Above FEW the weight is decoded to BF16 first.
-FEW_TILES = ((8, Tile(32, 8, 4)), (16, Tile(32, 16, 3)), (128, Tile(32, 32, 2)))
+# Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md. Above MIDDLE weights are decoded to BF16 first.
+Tiles = tuple[tuple[int, Tile], ...]
+Scales = tuple[Tensor, Tensor, Tensor]  # of rows, of tokens, and the bias; what is not there is not read
+FEW_TILES = ((8, Tile(32, 8, 4)), (16, Tile(32, 16, 3)))
 FEW = FEW_TILES[-1][0]
+MIDDLE_TILES = (
+    (32, Tile(64, 32, 3, warps=4)),
+    (1 << 31, Tile(64, 64, 3, warps=4)),
+)
+MIDDLE = 512
 MANY_TILES = (
     (512, Tile(128, 64, 4, depth=64, warps=4)),
     (1024, Tile(128, 128, 4, depth=64, warps=4)),
@@ -208,23 +219,58 @@ def nvfp4_matmul(
 
     `token_scale` float32 [M] or a scalar, `bias` [N].
     """
-    (M, K), (steps, N, _) = x.shape, packed["weight"].shape
-    weight, size = (packed["weight"], packed["block_scale"]), rows.stop - rows.start
     scales = packed["row_scale"], x if token_scale is None else token_scale, x if bias is None else bias
-    sizes = M, N, K, rows.start, rows.stop
     scaled = 0 if token_scale is None else 1 if token_scale.ndim else 2
-    options = {"SCALED": scaled, "BIAS": bias is not None}
-    tile = next(tile for most, tile in (FEW_TILES if M <= FEW else MANY_TILES) if most >= M)
-    tiles = -(-size // tile.rows), -(-M // tile.tokens)
-    options |= {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
-    if M <= FEW:
-        slices = num_slices(steps)
-        options |= {"SLICES": slices, "RAGGED": K % DEPTH.value != 0, "ASSEMBLY": x.is_cuda}
-        _few_tokens[tiles](x, *weight, *scales, out, *sizes, steps, **options, num_warps=slices)
-        return
+    launch = _launch_few if len(x) <= FEW else _launch_middle if len(x) <= MIDDLE else _launch_many
+    launch(x, packed, scales, out, rows, {"SCALED": scaled, "BIAS": bias is not None})
+
+
+def _launch_few(
+    x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
+) -> None:
+    (M, K), (steps, N, _) = x.shape, packed["weight"].shape
+    tile, slices = _tile(FEW_TILES, M), num_slices(steps)
+    _few_tokens[_grid(rows, M, tile)](
+        x, packed["weight"], packed["block_scale"], *scales, out, M, N, K, rows.start, rows.stop, steps,
+        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SLICES=slices, RAGGED=K % DEPTH.value != 0,
+        ASSEMBLY=x.is_cuda, num_warps=slices, **options,
+    )  # fmt: skip
+
+
+def _launch_middle(
+    x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
+) -> None:
+    M, (steps, N, _) = len(x), packed["weight"].shape
+    tile = _tile(MIDDLE_TILES, M)
+    weight, block_scale = (packed[name].view(torch.int32) for name in ("weight", "block_scale"))
+    middle_tokens[_grid(rows, M, tile)](
+        in_word_order(x), weight, block_scale, *scales, out, M, N, rows.start, rows.stop, steps,
+        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SLICES=num_slices(steps),
+        ASSEMBLY=x.is_cuda, num_warps=tile.warps, **options,
+    )  # fmt: skip
+
+
+def _launch_many(
+    x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
+) -> None:
+    (M, K), (steps, N, _) = x.shape, packed["weight"].shape
+    tile, size = _tile(MANY_TILES, M), rows.stop - rows.start
     decoded = x.new_empty(size, K)
     _decode[(-(-size // 64), steps)](
-        *weight, decoded, N, K, rows.start, rows.stop, ROWS=64, ASSEMBLY=x.is_cuda, num_warps=4
-    )
-    options |= {"DEPTH": tile.depth, "RAGGED": K % tile.depth != 0, "GROUP": 8}
-    _many_tokens[(tiles[0] * tiles[1],)](x, decoded, *scales, out, *sizes, **options, num_warps=tile.warps)
+        packed["weight"], packed["block_scale"], decoded, N, K, rows.start, rows.stop,
+        ROWS=64, ASSEMBLY=x.is_cuda, num_warps=4,
+    )  # fmt: skip
+    tiles = _grid(rows, M, tile)
+    _many_tokens[(tiles[0] * tiles[1],)](
+        x, decoded, *scales, out, M, N, K, rows.start, rows.stop,
+        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, DEPTH=tile.depth, RAGGED=K % tile.depth != 0,
+        GROUP=8, num_warps=tile.warps, **options,
+    )  # fmt: skip
+
+
+def _tile(table: Tiles, M: int) -> Tile:
+    return next(tile for most, tile in table if most >= M)
+
+
+def _grid(rows: slice, M: int, tile: Tile) -> tuple[int, int]:
+    return -(-(rows.stop - rows.start) // tile.rows), -(-M // tile.tokens)

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from rollmill.moe.gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, nvfp4_pack, quantize, word_sums
+from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_middle, nvfp4_native, nvfp4_pack, quantize, word_sums
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -52,7 +52,8 @@ MATMUL = {  # "i32:16": a multiple of 16, as launches find by themselves
 }
 ROW = {"ROWS": 1, "BLOCK_K": 2048}
 FEW = {"SLICES": 4, "ASSEMBLY": True}
-EPILOGUE = {"RAGGED": False, "SCALED": 1, "BIAS": True}
+END = {"SCALED": 1, "BIAS": True}
+EPILOGUE = {"RAGGED": False} | END
 TILES = {"ROWS": 16, "STEP": 2, "BLOCK_K": 2048, "PROGRAMS": 96, "ONE_LAUNCH": True}
 
 
@@ -93,6 +94,11 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
         f"nvfp4_few_{tile.tokens}": (nvfp4_gemm._few_tokens, MATMUL, FEW | EPILOGUE | tile_of(tile), 4)
         for _, tile in nvfp4_gemm.FEW_TILES
     }
+    words = {k: "*i32" if k in ("w_ptr", "scale_ptr") else v for k, v in MATMUL.items() if k != "K"}
+    middle = {
+        f"nvfp4_middle_{tile.tokens}": (nvfp4_middle.middle_tokens, words, FEW | END | tile_of(tile), tile.warps)
+        for _, tile in nvfp4_gemm.MIDDLE_TILES
+    }
     many = {
         f"nvfp4_many_{tile.tokens}": (
             nvfp4_gemm._many_tokens,
@@ -104,6 +110,7 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     }
     return {
         **few,
+        **middle,
         **many,
         "nvfp4_pack": (nvfp4_pack.pack_kernel, pack_inputs, {"ROWS": nvfp4_pack.ROWS}, 4),
         "nvfp4_decode": (nvfp4_gemm._decode, decode, {"ROWS": 64, "ASSEMBLY": True}, 4),
