@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...quant import BF16, FP8, NVFP4, Capability, Plain, Scheme, TensorSpec, UnsupportedError, WeightShape
+from ...quant import BF16, FP8, NVFP4, Capability, FP8Rows, Plain, Scheme, TensorSpec, UnsupportedError, WeightShape
 from ...quant.kernels.nvfp4_packing import DEPTH, NVFP4Packer
 from ...quant.kernels.plain import PlainKernel
 from ...quant.scheme import Stored
@@ -91,6 +91,7 @@ class TritonRunner:
         linear_kernel: str = "auto",
     ) -> None:
         self.config, self.scheme = config, scheme
+        self.takes_codes = isinstance(scheme, FP8) and scheme.activation == "per_token"
         self.watch_w2: Callable[[Tensor], None] = lambda x: None
         self.tiles = TILES[type(scheme)]
         self.w13, self.w2 = (_packer(scheme, shape, dtype, capability) for shape in expert_shapes(config))
@@ -116,15 +117,25 @@ class TritonRunner:
         return None
 
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+        return self._apply(x.contiguous(), ids, weights, w13, w2)
+
+    def apply_codes(
+        self, x: FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> Tensor:
+        return self._apply(x, ids, weights, w13, w2)
+
+    def _apply(
+        self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> Tensor:
         from ..gpu.grouped_gemm import finalize
 
-        if not len(x):
-            return x
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            outs = self._products(x.contiguous(), ids.contiguous(), w13, w2)
+        if not len(ids):
+            return weights.new_empty(0, self.config.hidden_size, dtype=torch.bfloat16)
+        with torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
+            outs = self._products(x, ids.contiguous(), w13, w2)
         return finalize(outs.view(*ids.shape, -1), weights.float().contiguous())
 
-    def _products(self, x: Tensor, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+    def _products(self, x: Tensor | FP8Rows, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         """What the choices of every token give, BF16 [pairs, hidden_size]."""
         from ..gpu.blocks import make_blocks
 
@@ -133,13 +144,13 @@ class TritonRunner:
         alone = len(ids) == 1 or num_pairs <= self.config.num_experts // 4  # few share an expert: sorting takes longer
         blocks = (ids, ids.view(-1)) if alone else make_blocks(ids, self.config.num_experts, first.tokens)
         values, scale, choices = self._quantize(x, ids, w13, self.config.top_k)
-        activated = x.new_empty(num_pairs, inner)
+        activated = torch.empty(num_pairs, inner, dtype=torch.bfloat16, device=ids.device)
         self._launch("w13", first, values, scale, w13, activated, blocks, num_pairs, SORTED=not alone, TOP_K=choices)
         self.watch_w2(activated)
         if second.tokens != first.tokens and not alone:
             blocks = make_blocks(ids, self.config.num_experts, second.tokens)
         values, scale, _ = self._quantize(activated, ids, w2, 1)
-        out = x.new_empty(num_pairs, hidden)
+        out = torch.empty(num_pairs, hidden, dtype=torch.bfloat16, device=ids.device)
         self._launch("w2", second, values, scale, w2, out, blocks, num_pairs, SORTED=not alone)
         return out
 
@@ -179,13 +190,17 @@ class TritonRunner:
             SCALED=self.scheme.activation != "none", **tile.options(), **options,
         )  # fmt: skip
 
-    def _quantize(self, x: Tensor, ids: Tensor, packed: dict[str, Tensor], choices: int) -> tuple[Tensor, Tensor, int]:
+    def _quantize(
+        self, x: Tensor | FP8Rows, ids: Tensor, packed: dict[str, Tensor], choices: int
+    ) -> tuple[Tensor, Tensor, int]:
         """What a product sees of x, a scale a row, and how many pairs read a row in turn.
 
         With static scales every pair has a row of its own: experts may have unequal ones.
         """
         from ...quant.gpu.quantize import nvfp4_products, quantize_fp8
 
+        if isinstance(x, FP8Rows):
+            return x.codes, x.scale, choices
         quantize = quantize_fp8 if isinstance(self.scheme, FP8) else nvfp4_products
         if self.scheme.activation == "none":
             return x, x, choices

@@ -25,6 +25,7 @@ from .nvfp4_middle import middle_tokens
 from .nvfp4_store import store_scaled
 from .nvfp4_widen import DEPTH, HALF, SCALES, first_half, real_order, second_half
 from .nvfp4_words import in_word_order
+from .slices import sum_in_order
 
 
 class Tile(NamedTuple):
@@ -37,21 +38,39 @@ class Tile(NamedTuple):
     warps: int = 0
 
 
-# Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md. Above MIDDLE weights are decoded to BF16 first.
+# Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md. Above MIDDLE weights are decoded to BF16 first,
+# above twice as many if a weight has LARGE numbers or more.
 Tiles = tuple[tuple[int, Tile], ...]
 Scales = tuple[Tensor, Tensor, Tensor]  # of rows, of tokens, and the bias; what is not there is not read
-FEW_TILES = ((8, Tile(32, 8, 4)), (16, Tile(32, 16, 3)))
-FEW = FEW_TILES[-1][0]
-MIDDLE_TILES = (
-    (32, Tile(64, 32, 3, warps=4)),
-    (1 << 31, Tile(64, 64, 3, warps=4)),
-)
-MIDDLE = 512
+FEW_TILES = ((8, Tile(32, 8, 4)), (16, Tile(32, 16, 3)), (128, Tile(32, 32, 2)))
+FEW = 16
+MIDDLE, LARGE = 256, 1 << 25
+SMALL_MIDDLE, MIDDLE_TILE = Tile(64, 32, 3, warps=4), Tile(64, 64, 3, warps=4)
+TALL_MIDDLE, WIDE_MIDDLE = Tile(128, 64, 3, warps=4), Tile(128, 128, 3, warps=8)
+MULTIPROCESSORS = 132
 MANY_TILES = (
     (512, Tile(128, 64, 4, depth=64, warps=4)),
     (1024, Tile(128, 128, 4, depth=64, warps=4)),
     (1 << 31, Tile(128, 256, 3, depth=64, warps=8)),
 )
+
+
+def middle_tile(num_rows: int, M: int) -> Tile | None:
+    """The largest tile of which there are enough to keep a Hopper GPU busy; None where a slice a warp does it better.
+
+    All sum alike, so that a weight's rows and the number of tokens may decide.
+    """
+    programs = {tile: -(-num_rows // tile.rows) * -(-M // tile.tokens) for tile in MIDDLE_TILES}
+    if M > 64 and programs[WIDE_MIDDLE] >= (200 if M <= 256 else 120):
+        return WIDE_MIDDLE
+    if 32 < M <= 64 and programs[TALL_MIDDLE] >= 200:
+        return TALL_MIDDLE
+    if M > 32 and programs[MIDDLE_TILE] >= MULTIPROCESSORS:
+        return MIDDLE_TILE
+    return None if FEW_TILES[-1][0] >= M and programs[SMALL_MIDDLE] <= MULTIPROCESSORS else SMALL_MIDDLE
+
+
+MIDDLE_TILES = (SMALL_MIDDLE, MIDDLE_TILE, TALL_MIDDLE, WIDE_MIDDLE)
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -104,37 +123,8 @@ def _few_tokens(
         scale_ptr += 2 * SCALES * N
         total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
         total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
-    total, row, token = _sum_in_order(total), row[:, None], token[None, :]
+    total, row, token = sum_in_order(total), row[:, None], token[None, :]
     store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
-
-
-@triton.jit
-def _sum_in_order(parts):
-    """[SLICES, ROWS, TOKENS] -> [ROWS, TOKENS], part after part: ((p0 + p1) + p2) + ..."""
-    SLICES: tl.constexpr = parts.shape[0]
-    R: tl.constexpr = parts.shape[1]
-    T: tl.constexpr = parts.shape[2]
-    last = tl.permute(parts, (1, 2, 0))
-    if SLICES == 1:
-        total = last.reshape(R, T)
-    elif SLICES == 2:
-        p0, p1 = tl.split(last)
-        total = p0 + p1
-    elif SLICES == 4:
-        even, odd = tl.split(last.reshape(R, T, 2, 2))
-        p0, p2 = tl.split(even)
-        p1, p3 = tl.split(odd)
-        total = ((p0 + p1) + p2) + p3
-    else:
-        even, odd = tl.split(last.reshape(R, T, 2, 2, 2))
-        p04, p26 = tl.split(even)
-        p15, p37 = tl.split(odd)
-        p0, p4 = tl.split(p04)
-        p2, p6 = tl.split(p26)
-        p1, p5 = tl.split(p15)
-        p3, p7 = tl.split(p37)
-        total = ((((((p0 + p1) + p2) + p3) + p4) + p5) + p6) + p7
-    return total
 
 
 @triton.jit
@@ -221,7 +211,9 @@ def nvfp4_matmul(
     """
     scales = packed["row_scale"], x if token_scale is None else token_scale, x if bias is None else bias
     scaled = 0 if token_scale is None else 1 if token_scale.ndim else 2
-    launch = _launch_few if len(x) <= FEW else _launch_middle if len(x) <= MIDDLE else _launch_many
+    N, most = out.shape[1], MIDDLE * (1 + (out.shape[1] * x.shape[1] >= LARGE))
+    few = len(x) <= FEW or (len(x) <= most and middle_tile(N, len(x)) is None)
+    launch = _launch_few if few else _launch_middle if len(x) <= most else _launch_many
     launch(x, packed, scales, out, rows, {"SCALED": scaled, "BIAS": bias is not None})
 
 
@@ -241,7 +233,7 @@ def _launch_middle(
     x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
 ) -> None:
     M, (steps, N, _) = len(x), packed["weight"].shape
-    tile = _tile(MIDDLE_TILES, M)
+    tile = middle_tile(N, M) or SMALL_MIDDLE
     weight, block_scale = (packed[name].view(torch.int32) for name in ("weight", "block_scale"))
     middle_tokens[_grid(rows, M, tile)](
         in_word_order(x), weight, block_scale, *scales, out, M, N, rows.start, rows.stop, steps,

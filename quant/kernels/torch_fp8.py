@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..device import Capability
 from ..errors import UnsupportedError
+from ..fp8_rows import FP8Rows
 from ..layout import pad_to
 from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
 from .activation import fp8_codes
@@ -81,14 +82,22 @@ class TorchFP8Kernel:
         return packed
 
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
-        if not len(x):
-            return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
-        x = pad_to(x, cols=TILE)
-        codes, scale = fp8_codes(x, self.scheme.activation, packed.get("input_scale"))
+        codes, scale = fp8_codes(pad_to(x, cols=TILE), self.scheme.activation, packed.get("input_scale"))
+        return self.multiply(FP8Rows(codes, scale), packed, bias)
+
+    @property
+    def takes_codes(self) -> bool:
+        """Of rows that need no padding along K."""
+        return self.scheme.activation == "per_token" and self.padded[1] == self.shape.cols
+
+    def multiply(self, rows: FP8Rows, packed: Stored, bias: Tensor | None = None) -> Tensor:
+        """`rows` have K columns, zero-padded like the weight's; one scale for all is as good as one a row."""
+        if not len(rows):
+            return rows.codes.new_empty(0, self.shape.num_rows, dtype=self.dtype)
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            codes,
+            rows.codes,
             packed["weight"].t(),
-            scale_a=scale.view(-1, 1).expand(len(x), 1).contiguous(),
+            scale_a=rows.scale.view(-1, 1).expand(len(rows), 1).contiguous(),
             scale_b=packed["row_scale"],
             out_dtype=torch.bfloat16,
         )

@@ -21,7 +21,16 @@ from triton.compiler import ASTSource
 
 from rollmill.moe.gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_middle, nvfp4_native, nvfp4_pack, quantize, word_sums
+from rollmill.quant.gpu import (
+    convert,
+    fp8_gemm,
+    nvfp4_gemm,
+    nvfp4_middle,
+    nvfp4_native,
+    nvfp4_pack,
+    quantize,
+    word_sums,
+)
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -75,8 +84,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "convert_nvfp4": (convert._nvfp4_kernel, CONVERT | STATE | {"scale_stride": "i32"}, TILES | layout, 8),
         "word_sums": (
             word_sums.word_sums_kernel,
-            {"words_ptr": "*i64", "multipliers_ptr": "*i64", "sums_ptr": "*i64", "num_words": "i32"},
-            {"ROW": 2048},
+            {"table_ptr": "*i64", "multipliers_ptr": "*i64", "sums_ptr": "*i64"},
+            {"STACKS": 16, "ROW": 2048},
             4,
         ),
         "convert_fp8": (convert._fp8_kernel, weight | STATE, TILES | {"PER_ROW": False}, 8),
@@ -96,8 +105,13 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     }
     words = {k: "*i32" if k in ("w_ptr", "scale_ptr") else v for k, v in MATMUL.items() if k != "K"}
     middle = {
-        f"nvfp4_middle_{tile.tokens}": (nvfp4_middle.middle_tokens, words, FEW | END | tile_of(tile), tile.warps)
-        for _, tile in nvfp4_gemm.MIDDLE_TILES
+        f"nvfp4_middle_{tile.rows}x{tile.tokens}": (
+            nvfp4_middle.middle_tokens,
+            words,
+            FEW | END | tile_of(tile),
+            tile.warps,
+        )
+        for tile in nvfp4_gemm.MIDDLE_TILES
     }
     many = {
         f"nvfp4_many_{tile.tokens}": (
@@ -123,7 +137,23 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     }
 
 
-def tile_of(tile: nvfp4_gemm.Tile) -> dict[str, int]:
+def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every tile of the dense FP8 product of few tokens."""
+    codes = {"x_ptr": "*fp8e4nv", "token_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
+    rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "M": "i32", "N": "i32:16", "K": "i32:16", "steps": "i32"}
+    options = {"SLICES": fp8_gemm.SLICES, "RAGGED": False, "EACH": True, "BIAS": True}
+    return {
+        f"fp8_few_{most}": (
+            fp8_gemm.few_tokens_kernel,
+            codes | rest,
+            tile_of(tile) | {"DEPTH": tile.depth} | options,
+            fp8_gemm.SLICES,
+        )
+        for most, tile in fp8_gemm.TILES
+    }
+
+
+def tile_of(tile: nvfp4_gemm.Tile | fp8_gemm.Tile) -> dict[str, int]:
     return {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
 
 
@@ -188,7 +218,7 @@ def compile_one(
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
-    asked += [(name, parts, 90) for name, parts in (dense_kernels() | expert_kernels()).items()]
+    asked += [(name, parts, 90) for name, parts in (dense_kernels() | fp8_few_kernels() | expert_kernels()).items()]
     asked += [(name, parts, 100) for name, parts in expert_kernels().items() if "_bf16_" in name]
     asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]
     print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))

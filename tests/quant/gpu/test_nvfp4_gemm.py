@@ -77,6 +77,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Weights widened for every product, by either matrix instruction, or decoded first, as for many tokens."""
     if request.param != "few":
         monkeypatch.setattr(nvfp4_gemm, "FEW", 0)
+        monkeypatch.setattr(nvfp4_gemm, "MULTIPROCESSORS", 0)
     if request.param == "many":
         monkeypatch.setattr(nvfp4_gemm, "MIDDLE", 0)
     return request.param
@@ -117,7 +118,6 @@ def test_a_bias_is_added_before_rounding(linear, ref, path: str, activation: str
 @pytest.mark.parametrize("activation", MODES)
 def test_a_row_is_bit_equal_among_1_7_and_64(linear, activation: str, monkeypatch: pytest.MonkeyPatch):
     if DEVICE.type == "cpu":  # where a product of other columns may sum in another order
-        monkeypatch.setattr(nvfp4_gemm, "FEW_TILES", ((1 << 31, nvfp4_gemm.Tile(32, 16, 2)),))
         monkeypatch.setattr(nvfp4_gemm, "FEW", 64)
     layer, x = linear(activation, (40,), 512), activations(64, 512)
     whole = layer(x)
@@ -207,6 +207,16 @@ def test_what_it_cannot_compute_is_said():
     assert "cpu" in reason(sm=None)
     assert "float32" in reason(dtype=torch.float32)
     assert reason(libraries=()) == "triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "tile"),
+    [(2048, 128, None), (2048, 200, (64, 32)), (5120, 64, (64, 32)), (5120, 256, (64, 64)), (28672, 64, (128, 64)),
+     (28672, 100, (128, 128)), (4096, 512, (128, 128))],
+)  # fmt: skip
+def test_middle_tiles_are_as_many_as_keep_the_gpu_busy(rows: int, tokens: int, tile: tuple[int, int] | None):
+    found = nvfp4_gemm.middle_tile(rows, tokens)
+    assert (found and (found.rows, found.tokens)) == tile
 
 
 GPU_SHAPES = [((4096, 512, 512), 2048), ((3072,), 3072), ((4090, 7), 4112)]
