@@ -111,16 +111,17 @@ def mean(values: list[float]) -> float:
 
 def parts() -> list[Result]:
     """What the whole of a linear is made of: products alone, BF16's, the quantizers."""
-    results = []
-    for tokens in BATCHES:
-        found: dict[str, list[float]] = {}
-        for shape_name, shape in SHAPES.items():
-            times = {key: graphed(calls, 9) * 1e6 for key, calls in part_calls(tokens, *shape).items()}
+    found: dict[int, dict[str, list[float]]] = {tokens: {} for tokens in BATCHES}
+    for shape_name, shape in SHAPES.items():
+        layer = Parts(*shape)
+        for tokens in BATCHES:
+            times = {key: graphed(calls, 9) * 1e6 for key, calls in layer.calls(tokens).items()}
             print(shape_name, tokens, ", ".join(f"{key} {micros:.1f}" for key, micros in times.items()), flush=True)
             for key, micros in times.items():
-                found.setdefault(key, []).append(micros)
-        results += part_results(tokens, found)
-    return results
+                found[tokens].setdefault(key, []).append(micros)
+        del layer
+        torch.cuda.empty_cache()
+    return [result for tokens, times in found.items() for result in part_results(tokens, times)]
 
 
 def part_results(tokens: int, found: dict[str, list[float]]) -> list[Result]:
@@ -141,37 +142,40 @@ def part_results(tokens: int, found: dict[str, list[float]]) -> list[Result]:
     return results
 
 
-def part_calls(tokens: int, rows: int, cols: int) -> dict[str, list[Callable[[], object]]]:
-    x, w = tokens_of(tokens, cols), tokens_of(rows, cols)
-    codes, scale = quantize_fp8(x)
-    weights, row_scale = copies_of(w.to(torch.float8_e4m3fn)), torch.ones(1, rows, device="cuda")
-    kernel = fp8_kernel(rows, cols)
+class Parts:
+    """One linear's weight in FP8 and in BF16, as often as it takes to leave the L2."""
 
-    def scaled_mm(w: Tensor) -> Tensor:
+    def __init__(self, rows: int, cols: int) -> None:
+        weight = tokens_of(rows, cols)
+        self.cols, self.bf16, self.fp8 = cols, copies_of(weight), copies_of(weight.to(torch.float8_e4m3fn))
+        self.row_scale = torch.ones(1, rows, device="cuda")
+        shape, capability = WeightShape((rows,), cols), find_capability("cuda")
+        self.kernel = TritonFP8Kernel(FP8(per_channel=True), shape, torch.bfloat16, capability)
+
+    def calls(self, tokens: int) -> dict[str, list[Callable[[], object]]]:
+        x = tokens_of(tokens, self.cols)
+        rows = FP8Rows(*quantize_fp8(x))
+        calls: dict[str, list[Callable[[], object]]] = {
+            "fp8_product": self._each(lambda w: self.kernel.multiply(rows, {"weight": w, "row_scale": self.row_scale})),
+            "_scaled_mm": self._each(lambda w: self._scaled_mm(rows, w)),
+            "bf16": [lambda w=w: x @ w.t() for w in self.bf16],
+            "quantize_fp8": [lambda: quantize_fp8(x)] * 8,
+            "quantize_nvfp4": [lambda: nvfp4_products(x)] * 8,
+            "fp8_one_road": self._each(lambda w: few_tokens(rows.codes, rows.scale, w, self.row_scale[0], len(w))),
+        }
+        if find_spec("sgl_kernel"):
+            from sgl_kernel import fp8_scaled_mm
+
+            scales = rows.scale[:, None], self.row_scale[0]
+            calls["sgl_kernel"] = self._each(lambda w: fp8_scaled_mm(rows.codes, w.t(), *scales, torch.bfloat16))
+        return calls
+
+    def _each(self, product: Callable[[Tensor], Tensor]) -> list[Callable[[], object]]:
+        return [lambda w=w: product(w) for w in self.fp8]
+
+    def _scaled_mm(self, rows: FP8Rows, w: Tensor) -> Tensor:
         scaled = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-        return scaled(codes, w.t(), scale_a=scale[:, None], scale_b=row_scale, out_dtype=torch.bfloat16)
-
-    def product(w: Tensor) -> Tensor:
-        return kernel.multiply(FP8Rows(codes, scale), {"weight": w, "row_scale": row_scale})
-
-    calls: dict[str, list[Callable[[], object]]] = {
-        "fp8_product": [lambda w=w: product(w) for w in weights],
-        "_scaled_mm": [lambda w=w: scaled_mm(w) for w in weights],
-        "bf16": [lambda w=w: x @ w.t() for w in copies_of(w)],
-        "quantize_fp8": [lambda: quantize_fp8(x)] * 8,
-        "quantize_nvfp4": [lambda: nvfp4_products(x)] * 8,
-        "fp8_one_road": [lambda w=w: few_tokens(codes, scale, w, row_scale[0], rows) for w in weights],
-    }
-    if find_spec("sgl_kernel"):
-        from sgl_kernel import fp8_scaled_mm
-
-        scales = scale[:, None], row_scale[0]
-        calls["sgl_kernel"] = [lambda w=w: fp8_scaled_mm(codes, w.t(), *scales, torch.bfloat16) for w in weights]
-    return calls
-
-
-def fp8_kernel(rows: int, cols: int) -> TritonFP8Kernel:
-    return TritonFP8Kernel(FP8(per_channel=True), WeightShape((rows,), cols), torch.bfloat16, find_capability("cuda"))
+        return scaled(rows.codes, w.t(), scale_a=rows.scale[:, None], scale_b=self.row_scale, out_dtype=torch.bfloat16)
 
 
 def copies_of(weight: Tensor) -> list[Tensor]:

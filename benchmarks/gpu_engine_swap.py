@@ -33,16 +33,17 @@ from record import Result, make_result, save
 from torch import Tensor
 
 from rollmill.engine import Engine, EngineConfig, SamplingParams
-from rollmill.weight_sync.digest import unit_digests
+from rollmill.weight_sync.digest import DigestQueue
 
-CASES = {  # quant, swap, tokens of keys and values
-    "nvfp4_staged": ("nvfp4_w4a16", "staged", 350_000),
-    "nvfp4_host": ("nvfp4_w4a16", "host", 450_000),
-    "fp8_staged": ("fp8_channel", "staged", 60_000),
-    "fp8_host": ("fp8_channel", "host", 350_000),
-    "fp8_streamed": ("fp8_channel", "streamed", 350_000),
-    "bf16_streamed": ("bf16", "streamed", 60_000),
+CASES = {  # quant, swap, tokens of keys and values, their dtype
+    "nvfp4_staged": ("nvfp4_w4a16", "staged", 350_000, "auto"),
+    "nvfp4_host": ("nvfp4_w4a16", "host", 450_000, "auto"),
+    "fp8_staged": ("fp8_channel", "staged", 200_000, "fp8"),
+    "fp8_host": ("fp8_channel", "host", 350_000, "auto"),
+    "fp8_streamed": ("fp8_channel", "streamed", 350_000, "auto"),
+    "bf16_streamed": ("bf16", "streamed", 60_000, "auto"),
 }
+MAIN = ("nvfp4_staged", "fp8_host", "bf16_streamed")  # figures called after the format alone
 PEERS = {"bf16": (1560, "SGLang 0.5.12.post1, BF16"), "fp8": (6380, "vLLM 0.22.0, BF16 into FP8")}
 
 
@@ -115,8 +116,10 @@ def swap(engine: Any, sender: LayerSender, version: str, *, churn: bool = False)
 def bytes_of(engine: Any) -> list[int]:
     """A hash of every packed tensor's bytes."""
     tensors: list[Tensor] = [t for slot in engine._policy.plan.slots for t in slot.tensors.values()]
-    hashes = [unit_digests(t.contiguous().view(-1).view(torch.uint8)[None]) for t in tensors]
-    return torch.cat([h.cpu() for h in hashes]).tolist()
+    queue = DigestQueue(limit=1 << 62)
+    hashes = [queue.add(t.view(-1).view(torch.uint8)[None]) for t in tensors]
+    queue.run()
+    return torch.cat([h.values for h in hashes]).tolist()
 
 
 def memory() -> str:
@@ -147,12 +150,14 @@ def measure(case: str, form: Any, engine: Any, arguments: argparse.Namespace, co
         profile(engine, sender, form)
     packed = sum(slot.num_bytes for slot in engine._policy.plan.slots)
     limit = (sender.num_bytes + packed * (3 if engine.config.swap == "staged" else 1)) / copy * 1e3
-    note = f"{sender.num_tensors} tensors; gate held {statistics.median(holds) * 1e3:.0f} ms; {memory()}"
+    held = statistics.median(holds) * 1e3
+    note = f"{engine.config.swap}, {sender.num_tensors} tensors; gate held {held:.0f} ms; {memory()}"
     if gaps:
         note += (
             f"; {arguments.generate} sequences waited {max(gaps) * 1e3:.0f}, a step of theirs takes {quiet * 1e3:.0f}"
         )
-    name, quant = f"swap_{case}" + ("" if form == "stacked" else "_apart"), case.split("_")[0]
+    quant, name = case.split("_")[0], f"swap_{case.split('_')[0] if case in MAIN else case}"
+    name += "" if form == "stacked" else "_apart"
     peer, peer_name = PEERS.get(quant, (None, None))
     total, pause = statistics.median(times) * 1e3, (max(gaps) if gaps else statistics.median(holds)) * 1e3
     results = [
@@ -223,12 +228,11 @@ def endure(case: str, engine: Any, count: int, config: dict[str, Any]) -> None:
 
 
 def run(case: str, folder: Path, arguments: argparse.Namespace, copy: float) -> list[Result]:
-    quant, mode, tokens = CASES[case]
+    quant, mode, tokens, dtype = CASES[case]
     start = time.perf_counter()
     tokens = arguments.kv_tokens or tokens
-    config = EngineConfig(
-        quant=quant, swap=mode, device="cuda", kv_cache_tokens=tokens, max_batch_size=256, attention=arguments.attention
-    )  # pyright: ignore[reportArgumentType]
+    settings = {"quant": quant, "swap": mode, "kv_cache_dtype": dtype, "attention": arguments.attention}
+    config = EngineConfig(device="cuda", kv_cache_tokens=tokens, max_batch_size=256, **settings)
     with Engine(folder, config) as engine:
         torch.cuda.synchronize()
         packed = sum(slot.num_bytes for slot in engine._policy.plan.slots)
@@ -245,7 +249,7 @@ def run(case: str, folder: Path, arguments: argparse.Namespace, copy: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", nargs="+", default=["nvfp4_staged", "fp8_host", "bf16_streamed"], choices=CASES)
+    parser.add_argument("--case", nargs="+", default=list(MAIN), choices=CASES)
     parser.add_argument("--form", nargs="+", default=["stacked", "apart"])
     parser.add_argument("--layers", type=int, default=QWEN3_30B_A3B["num_hidden_layers"])
     parser.add_argument("--generate", type=int, default=0)

@@ -1,10 +1,11 @@
 """Rollouts of Qwen3-30B-A3B's shape on one GPU, random weights: output tokens a second, 512 in and 512 out.
 
-    python benchmarks/gpu_rollout.py [--quant fp8_channel nvfp4_w4a16] [--kv fp8] [--batch 1 32 256] [--profile]
+    python benchmarks/gpu_rollout.py [--quant fp8_channel nvfp4_w4a16 fp8_channel+kv8] [--batch 1 32 256] [--profile]
 
-Sampled-token log-probs are returned. 256 is 64 prompts x 4. The KV cache has as many tokens as fit beside the weights
-into 88 % of the GPU's memory, as the peers' had. Peers (measured on another day on the same kind of machine, SGLang
-0.5.12.post1 and vLLM 0.22.0, default FP8 tiles, BF16 keys and values) stand beside it.
+Every run has prompts of its own; sampled-token log-probs are returned. 256 is 64 prompts x 4; `+kv8` keeps keys and
+values in FP8. The KV cache has as many tokens as fit beside the weights into 88 % of the GPU's memory, as the peers'
+had. Peers (measured on another day on the same kind of machine, SGLang 0.5.12.post1 and vLLM 0.22.0, default FP8
+tiles, BF16 keys and values) stand beside it. Limit: the bytes that a step must read at the 3.02 TB/s of a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from random_model import QWEN3_30B_A3B, use_random_weights
@@ -28,6 +29,10 @@ PEERS = {  # output tokens/s: the better of the two
     ("bf16", 1): 209, ("bf16", 32): 1500, ("bf16", 256): 6454,
     ("fp8_channel", 1): 210, ("fp8_channel", 32): 2223, ("fp8_channel", 256): 10360,
     ("nvfp4_w4a16", 1): 210, ("nvfp4_w4a16", 32): 2563, ("nvfp4_w4a16", 256): 10015,
+}  # fmt: skip
+LIMITS = {  # ms a step
+    ("bf16", 1): 2.0, ("bf16", 32): 18.4, ("fp8_channel", 1): 1.1, ("fp8_channel", 32): 9.6, ("fp8_channel", 256): 16.5,
+    ("nvfp4_w4a16", 32): 5.9, ("nvfp4_w4a16", 256): 12.2, ("nvfp4", 32): 5.9, ("nvfp4", 256): 12.2,
 }  # fmt: skip
 NAMES = {"fp8_channel": "fp8"}
 WEIGHTS_GIB = {"bf16": 56.9, "fp8_channel": 29.2, "nvfp4_w4a16": 17.0, "nvfp4": 17.0}  # of the whole shape
@@ -45,9 +50,9 @@ def kv_tokens(quant: str, kv: str, layers: int) -> int:
     return int(tokens) // 1000 * 1000
 
 
-def rollout(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, list[Any]]:
-    """Seconds of one batch, and what came back."""
-    draw = random.Random(batch)
+def rollout(engine: Any, batch: int, prompt_tokens: int, new_tokens: int, seed: int) -> tuple[float, list[Any]]:
+    """Seconds of one batch, and what came back; prompts of another seed are in no prefix cache."""
+    draw = random.Random(seed * 1000 + batch)
     group = 4 if batch == 256 else 1
     prompts = [[draw.randrange(1000, 150000) for _ in range(prompt_tokens)] for _ in range(batch // group)]
     params = SamplingParams(n=group, temperature=1.0, max_new_tokens=new_tokens, ignore_eos=True, seed=batch)
@@ -58,25 +63,29 @@ def rollout(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> tup
     return time.perf_counter() - start, outs
 
 
-def measure(engine: Any, quant: str, batch: int, arguments: argparse.Namespace) -> Result:
-    rollout(engine, batch, arguments.prompt, 8)  # compiles, captures
-    first, _ = rollout(engine, batch, arguments.prompt, 1)
+def measure(engine: Any, quant: str, kv: str, batch: int, arguments: argparse.Namespace) -> Result:
+    rollout(engine, batch, arguments.prompt, 8, seed=0)  # compiles, captures
+    first, _ = rollout(engine, batch, arguments.prompt, 1, seed=1)
     runs = []
-    for _ in range(arguments.repeats):
-        seconds, outs = rollout(engine, batch, arguments.prompt, arguments.new)
+    for seed in range(arguments.repeats):
+        seconds, outs = rollout(engine, batch, arguments.prompt, arguments.new, seed=2 + seed)
         assert all(len(out.token_ids) == arguments.new for out in outs)
         assert all(bool((out.logprobs <= 0).all()) for out in outs)
         runs.append(batch * arguments.new / seconds)
     best = statistics.median(runs)
     decode = (batch * (arguments.new - 1)) / (batch * arguments.new / best - first)
-    peer = PEERS.get((quant, batch))
+    peer, limit = PEERS.get((quant, batch)), LIMITS.get((quant, batch)) if kv == "auto" else None
     beside = "" if peer is None else f", peer {peer} ({best / peer:.2f} x)"
-    print(f"{quant} {batch}: {best:.0f} tok/s (decode {decode:.0f}; first token {first:.2f} s){beside}", flush=True)
+    print(
+        f"{quant}{kv_suffix(kv)} {batch}: {best:.0f} tok/s (decode {decode:.0f}; first token {first:.2f} s){beside}",
+        flush=True,
+    )
     note = f"decode only {decode:.0f}; {arguments.prompt} in, {arguments.new} out; runs {[round(r) for r in runs]}"
     return make_result(
-        f"rollout_{NAMES.get(quant, quant)}{kv_suffix(arguments.kv)}_{batch}_toks",
+        f"rollout_{NAMES.get(quant, quant)}{kv_suffix(kv)}_{batch}_toks",
         best,
         "tok/s",
+        limit=None if limit is None else batch / limit * 1e3,
         peer=peer,
         peer_name="the better of SGLang 0.5.12.post1 and vLLM 0.22.0, another day",
         note=note,
@@ -101,8 +110,8 @@ def kv_result(quant: str, kv: str, tokens: int, gib: float) -> Result:
 def profile(engine: Any, batch: int, prompt_tokens: int) -> None:
     """Where decoding goes, the prefill (cached, but for a page) included: milliseconds a step by kind of kernel."""
     steps = 65
-    rollout(engine, batch, prompt_tokens, 4)
-    spent = profile_steps(lambda: rollout(engine, batch, prompt_tokens, steps), torch.device("cuda"))
+    rollout(engine, batch, prompt_tokens, 4, seed=0)
+    spent = profile_steps(lambda: rollout(engine, batch, prompt_tokens, steps, seed=0), torch.device("cuda"))
     kinds = ", ".join(f"{kind} {1e3 * seconds / steps:.2f}" for kind, seconds in spent.by_kind.items())
     print(f"  {batch} requests, ms a step of {1e3 * spent.seconds / steps:.2f} (profiled): {kinds}")
     for name, seconds in spent.largest[:16]:
@@ -112,7 +121,6 @@ def profile(engine: Any, batch: int, prompt_tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quant", nargs="+", default=["fp8_channel", "nvfp4_w4a16"])
-    parser.add_argument("--kv", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32, 256])
     parser.add_argument("--layers", type=int, default=QWEN3_30B_A3B["num_hidden_layers"])
     parser.add_argument("--prompt", type=int, default=512)
@@ -121,35 +129,38 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args()
-    results = []
+    results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         use_random_weights(Path(folder), num_hidden_layers=arguments.layers)
-        for quant in arguments.quant:
-            start = time.perf_counter()
-            tokens = kv_tokens(quant, arguments.kv, arguments.layers)
-            config = EngineConfig(
-                quant=quant,
-                device="cuda",
-                max_step_tokens=8192,
-                kv_cache_tokens=tokens,
-                kv_cache_dtype=arguments.kv,
-                swap="streamed",
-            )
-            with Engine(folder, config) as engine:
-                gib = torch.cuda.memory_allocated() / 2**30
-                seconds = time.perf_counter() - start
-                print(
-                    f"{quant}, KV {arguments.kv}: open in {seconds:.1f} s, {gib:.1f} GiB, {tokens} tokens", flush=True
-                )
-                for batch in arguments.batch:
-                    results.append(measure(engine, quant, batch, arguments))
-                    if arguments.profile:
-                        profile(engine, batch, arguments.prompt)
-                results.append(kv_result(quant, arguments.kv, tokens, gib))
-            del engine
-            torch.cuda.empty_cache()
-    if not arguments.no_save:
-        save("gpu_rollout", results)
+        for name in arguments.quant:
+            quant, _, kv = name.partition("+")
+            results += run(folder, quant, "fp8" if kv else "auto", arguments)
+            if not arguments.no_save:
+                save("gpu_rollout", results)
+
+
+def run(folder: str, quant: str, kv: Literal["auto", "fp8"], arguments: argparse.Namespace) -> list[Result]:
+    """All batch sizes in one engine."""
+    start, results = time.perf_counter(), []
+    tokens = kv_tokens(quant, kv, arguments.layers)
+    config = EngineConfig(
+        quant=quant,
+        device="cuda",
+        max_step_tokens=8192,
+        kv_cache_tokens=tokens,
+        kv_cache_dtype=kv,
+        swap="streamed",
+    )
+    with Engine(folder, config) as engine:
+        gib, took = torch.cuda.memory_allocated() / 2**30, time.perf_counter() - start
+        print(f"{quant}, KV {kv}: open in {took:.1f} s, {gib:.1f} GiB, {tokens} tokens", flush=True)
+        for batch in arguments.batch:
+            results.append(measure(engine, quant, kv, batch, arguments))
+            if arguments.profile:
+                profile(engine, batch, arguments.prompt)
+    del engine
+    torch.cuda.empty_cache()
+    return [*results, kv_result(quant, kv, tokens, gib)]
 
 
 if __name__ == "__main__":

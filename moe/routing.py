@@ -9,16 +9,14 @@ from ..quant import matmul
 from ..quant.scheme import has_kernels
 from .config import MoeConfig
 
-FEW_TOKENS = 64  # that the router's own kernel takes: benchmarks/NOTES.md
-
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [num_tokens, hidden_size] times weight [num_experts, hidden_size] transposed, plus bias, in x's dtype."""
-    few = len(x) <= FEW_TOKENS and bias is None and x.dtype == weight.dtype == torch.bfloat16
-    if few and has_kernels(x):
-        from .gpu.router import multiply_router
+    if has_kernels(x) and bias is None and x.dtype == weight.dtype == torch.bfloat16:
+        from .gpu.router import is_few, multiply_router
 
-        return multiply_router(x, weight)
+        if is_few(len(x), len(weight)):
+            return multiply_router(x, weight)
     return matmul(x, weight, bias)
 
 

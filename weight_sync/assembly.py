@@ -84,7 +84,7 @@ class Assembly:
         return stored
 
     def _check_later(self, arrival: Arrival, telling: Sequence[Tensor]) -> None:
-        held = 0 if arrival.borrowed else arrival.num_bytes
+        held = arrival.num_bytes if arrival.alone else 0
         self.backlog.checks.add(telling, list(arrival.unchecked), held, arrival.release)
 
     def _stored(self, arrival: Arrival) -> dict[str, Tensor]:

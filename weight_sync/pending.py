@@ -73,8 +73,8 @@ class Run(Struct):
 class Arrival(Struct):
     """Complete units: matrices [units, ...], of a slot that is no stack without that dimension.
 
-    `unchecked`: what may hold NaN or infinity, under the names it came with. `borrowed`: the storage is the sender's.
-    `release` is called once nothing of it is needed any more.
+    `unchecked`: what may hold NaN or infinity, under the names it came with. `borrowed`: the storage is the sender's;
+    `alone`: it is ours, but not of the backlog. `release` is called once nothing of it is needed any more.
     """
 
     units: range
@@ -83,6 +83,7 @@ class Arrival(Struct):
     scales: list[UnitScales] = []
     unchecked: list[tuple[str, Tensor]] = []
     borrowed: bool = False
+    alone: bool = False
     release: Callable[[], None] = lambda: None
 
     @property

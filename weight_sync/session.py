@@ -185,6 +185,8 @@ class WeightSession:
 
     def _restore(self) -> None:
         assert self.served.mirror is not None
+        with self.served.side.beside():  # writes in the caller's stream, too, must have landed
+            pass
         self.served.side.wait()
         self.served.mirror.restore(self._staging)
         self.served.version, self.served.poisoned = self._served_before, None

@@ -85,6 +85,7 @@ class SlotStaging:
                     part = part.to(device=device, dtype=dtype).contiguous()
             arrival = Arrival(range(start, start + len(part)), "bf16", {self.primary: part}, unchecked=[(name, part)])
             arrival.borrowed = part.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
+            arrival.alone = not arrival.borrowed
             del part
             self._hand_on(arrival)
 
@@ -108,13 +109,8 @@ class SlotStaging:
     def _matrix_or_scale(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> None:
         pending = self._pending(name, tensor, unit, value)
         if tensor in pending.run.matrices:
-            self._matrix(
-                name,
-                tensor,
-                value,
-                pending,
-                pending.run.places(tensor, shard, self.slot.shape)[unit - pending.run.first],
-            )
+            places = pending.run.places(tensor, shard, self.slot.shape)
+            self._matrix(name, tensor, value, pending, places[unit - pending.run.first])
         else:
             rows = self.slot.shape.rows[shard]
             if value.numel() not in (1, rows):
@@ -217,7 +213,7 @@ class SlotStaging:
             inside = slice(part.start - run.first, part.stop - run.first)
             whole = len(part) == run.count
             matrices = run.matrices if whole else {key: t[inside] for key, t in run.matrices.items()}
-            arrival = Arrival(part, run.form, matrices)
+            arrival = Arrival(part, run.form, matrices, alone=run.count == 1)
             arrival.scales = [self.pending[unit].scales for unit in part]
             arrival.unchecked = [pair for unit in part for pair in self.pending[unit].unchecked]
             self.backlog.side.lend(scale for scales in arrival.scales for scale in scales.values())

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant.gpu.device import on_own_device
+from ...quant.gpu.early import await_inputs, early
 
 CHUNK = 1024  # pairs, or places, of a program
 MOST_PAIRS = 4096  # of one program that does it all: a decoding step has few, and a launch takes longer than they do
@@ -88,8 +89,10 @@ def _one_program_kernel(
     EXPERTS: tl.constexpr,
     PAIRS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Both kernels, and what fills their outputs before; its threads meet where one needs what others wrote."""
+    await_inputs(EARLY)
     expert, pair = tl.arange(0, EXPERTS), tl.arange(0, PAIRS)
     exists = pair < num_pairs
     own = tl.load(ids_ptr + pair, mask=exists, other=0).to(tl.int32)
@@ -123,7 +126,7 @@ def make_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
         _one_program_kernel[(1,)](
             ids, counts, pairs, experts, num_pairs, num_blocks, num_experts,
             BLOCK=block, EXPERTS=_power_of_two(num_experts), PAIRS=size, CHUNK=CHUNK,
-            num_warps=min(16, size // 32),
+            num_warps=min(16, size // 32), **early(ids),
         )  # fmt: skip
     return pairs, experts
 

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant.gpu.device import on_own_device
+from ...quant.gpu.early import await_inputs, early
 from ...quant.gpu.slices import sum_in_order
 
+MOST_PROGRAMS = 128  # about one a multiprocessor: with more, a library is as fast. benchmarks/NOTES.md
 TILE = {"SLICES": 4, "TOKENS": 16, "EXPERTS": 8, "DEPTH": 128, "STAGES": 4}
 
 
@@ -33,8 +35,10 @@ def logits_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     RAGGED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """BF16 x [M, K], w [num_experts, K] -> BF16 [M, num_experts]; a slice is `steps` times DEPTH columns."""
+    await_inputs(EARLY)
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     start = tl.arange(0, SLICES)[:, None] * (steps * DEPTH) + tl.arange(0, DEPTH)[None, :]
@@ -56,6 +60,17 @@ def logits_kernel(
     tl.store(target, sum_in_order(total).to(tl.bfloat16), mask=exists)
 
 
+def grid(num_tokens: int, num_experts: int) -> tuple[int, int]:
+    """Programs along experts and along tokens."""
+    return -(-num_experts // TILE["EXPERTS"]), -(-num_tokens // TILE["TOKENS"])
+
+
+def is_few(num_tokens: int, num_experts: int) -> bool:
+    """Whether `multiply_router` is faster than a library."""
+    experts, tokens = grid(num_tokens, num_experts)
+    return experts * tokens <= MOST_PROGRAMS
+
+
 @on_own_device
 def multiply_router(x: Tensor, weight: Tensor) -> Tensor:
     """BF16 x [num_tokens, K], weight [num_experts, K] -> x W^T, BF16 [num_tokens, num_experts], sums in float32."""
@@ -63,8 +78,8 @@ def multiply_router(x: Tensor, weight: Tensor) -> Tensor:
     logits = x.new_empty(M, num_experts)
     slice_step = TILE["SLICES"] * TILE["DEPTH"]
     if M:
-        logits_kernel[(-(-num_experts // TILE["EXPERTS"]), -(-M // TILE["TOKENS"]))](
+        logits_kernel[grid(M, num_experts)](
             x.contiguous(), weight, logits, M, num_experts, K, -(-K // slice_step),
-            **TILE, RAGGED=K % slice_step != 0, num_warps=TILE["SLICES"],
+            **TILE, RAGGED=K % slice_step != 0, num_warps=TILE["SLICES"], **early(x),
         )  # fmt: skip
     return logits

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant.gpu.device import on_own_device
+from ...quant.gpu.early import await_inputs, early
 
 
 @triton.jit
@@ -61,8 +62,10 @@ def _softmax_kernel(
     EXPERTS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SHORT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """SHORT: logits are BF16, fewer than 2**15 of them."""
+    await_inputs(EARLY)
     token, col, choice = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     exists = col < num_experts
     x = tl.load(logits_ptr + token * num_experts + col, mask=exists, other=float("-inf")).to(tl.float32)
@@ -108,6 +111,7 @@ def route_softmax(logits: Tensor, top_k: int, renormalize: bool, scaling: float 
             RENORMALIZE=renormalize,
             SHORT=logits.dtype == torch.bfloat16 and num_experts < 1 << 15,
             num_warps=1 if num_experts <= 256 else 4,
+            **early(logits),
         )
     return ids, weights
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
+from .early import await_inputs, early
 from .slices import sum_in_order
 
 
@@ -62,8 +63,10 @@ def few_tokens_kernel(
     RAGGED: tl.constexpr,
     EACH: tl.constexpr,
     BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Codes x [M, K], w [N, K] -> BF16 [M, N]; a slice is `steps` times DEPTH columns. EACH: a scale a token."""
+    await_inputs(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     start = tl.arange(0, SLICES)[:, None] * (steps * DEPTH) + tl.arange(0, DEPTH)[None, :]
@@ -132,6 +135,6 @@ def few_tokens(
             M, num_rows, K, part // tile.depth,
             SLICES=SLICES, ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth, STAGES=tile.stages,
             RAGGED=SLICES * part != K, EACH=scale.numel() == M and M > 1, BIAS=bias is not None,
-            num_warps=SLICES,
+            num_warps=SLICES, **early(codes),
         )  # fmt: skip
     return out

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
+from .early import await_inputs, early
 from .floats import (
     FLOAT_MAX,
     LEAST_SCALE,
@@ -112,7 +113,9 @@ def _nvfp4_kernel(
     BLOCK_K: tl.constexpr,
     LAYOUT: tl.constexpr,
     STATIC: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, 1)
     write_nvfp4(x, rows, static_ptr, codes_ptr, scales_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, LAYOUT, STATIC)
@@ -130,7 +133,9 @@ def _nvfp4_products_kernel(
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
     REPEAT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
     codes, scale, decode = _nvfp4_rows(x, rows, static_ptr, num_rows, ROWS, BLOCK_K, STATIC)
@@ -175,6 +180,7 @@ def quantize_nvfp4(
             LAYOUT=tile,
             STATIC=_mode(input_scale),
             num_warps=warps,
+            **early(x),
         )
     return codes, scales.view(torch.float8_e4m3fn), token
 
@@ -203,6 +209,7 @@ def nvfp4_products(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1
             STATIC=_mode(input_scale),
             REPEAT=repeat,
             num_warps=warps,
+            **early(x),
         )
     return products, token
 
@@ -251,7 +258,9 @@ def _fp8_kernel(
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
     REPEAT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, REPEAT)
     write_fp8(x, rows, static_ptr, codes_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, STATIC)
@@ -280,6 +289,7 @@ def quantize_fp8(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1) 
             STATIC=_mode(input_scale),
             REPEAT=repeat,
             num_warps=warps,
+            **early(x),
         )
     return codes, token
 

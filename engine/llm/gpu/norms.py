@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....quant.gpu.device import on_own_device
+from ....quant.gpu.early import await_inputs, early
 from ....quant.gpu.quantize import load_rows, row_tiles, write_fp8
 from ..layers.norms import NormName
 
@@ -67,8 +68,10 @@ def _norm_kernel(
     STATIC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program for every few rows. ADD: of x + y, which is kept; NORMED: keep BF16; QUANTIZE: keep FP8 codes."""
+    await_inputs(EARLY)
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, 1)
     if ADD:
@@ -177,4 +180,5 @@ def _launch(
         ROWS=rows,
         BLOCK_K=block_k,
         num_warps=warps,
+        **early(x),
     )

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....quant.gpu.device import on_own_device
+from ....quant.gpu.early import await_inputs, early
 from ..layers.norms import NormName
 from ..layers.rope import Rotary
 from .norms import inverse_rms, normalize
@@ -103,8 +104,10 @@ def _qkv_kernel(
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
     CACHE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program for HEADS heads of one token, all of them q's, k's or v's."""
+    await_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * HEADS
     head, col = first + tl.arange(0, HEADS), tl.arange(0, COLS)
@@ -166,7 +169,7 @@ def norm_rope_write(
             NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
             COLS=cols, HEADS=heads, NORM="none" if norms is None else kind,
             CACHE="bf16" if kv_scales is None else "rounded" if keys.dtype == torch.bfloat16 else "fp8",
-            num_warps=max(1, heads * cols // 256),
+            num_warps=max(1, heads * cols // 256), **early(qkv),
         )  # fmt: skip
     return q
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....quant.gpu.device import on_own_device
+from ....quant.gpu.early import await_inputs, early
 from ....quant.gpu.quantize import quantize_fp8, quantize_nvfp4, row_tiles, write_fp8, write_nvfp4
 
 COLS = 2048  # of a program of `silu_and_mul`
@@ -33,7 +34,8 @@ def _load_gated(gate_up_ptr, rows, cols, num_rows, K):
 
 
 @triton.jit
-def _bf16_kernel(gate_up_ptr, out_ptr, num_rows, K, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _bf16_kernel(gate_up_ptr, out_ptr, num_rows, K, ROWS: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr):
+    await_inputs(EARLY)
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     x = _load_gated(gate_up_ptr, rows, cols, num_rows, K)
     offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
@@ -51,7 +53,9 @@ def _fp8_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = _load_gated(gate_up_ptr, rows, tl.arange(0, BLOCK_K), num_rows, K)
     write_fp8(x, rows, static_ptr, codes_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, STATIC)
@@ -69,7 +73,9 @@ def _nvfp4_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATIC: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = _load_gated(gate_up_ptr, rows, tl.arange(0, BLOCK_K), num_rows, K)
     write_nvfp4(x, rows, static_ptr, codes_ptr, scales_ptr, token_ptr, num_rows, K, ROWS, BLOCK_K, 0, STATIC)
@@ -83,7 +89,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     rows, block_k, warps = row_tiles(min(K, COLS), 512)
     if num_rows:
         _bf16_kernel[(-(-num_rows // rows), -(-K // COLS))](
-            gate_up, out, num_rows, K, ROWS=rows, COLS=block_k, num_warps=warps
+            gate_up, out, num_rows, K, ROWS=rows, COLS=block_k, num_warps=warps, **early(gate_up),
         )  # fmt: skip
     return out
 
@@ -100,7 +106,7 @@ def silu_and_mul_quantize_fp8(gate_up: Tensor, input_scale: Tensor | None = None
     if num_rows:
         _fp8_kernel[(-(-num_rows // rows),)](
             gate_up, token, codes, token, num_rows, K,
-            ROWS=rows, BLOCK_K=block_k, STATIC=input_scale is not None, num_warps=warps,
+            ROWS=rows, BLOCK_K=block_k, STATIC=input_scale is not None, num_warps=warps, **early(gate_up),
         )  # fmt: skip
     return codes, token
 
@@ -118,7 +124,7 @@ def silu_and_mul_quantize_nvfp4(gate_up: Tensor, input_scale: Tensor | None = No
     if num_rows:
         _nvfp4_kernel[(-(-num_rows // rows),)](
             gate_up, token, codes.view(torch.int32), scales, token, num_rows, K,
-            ROWS=rows, BLOCK_K=block_k, STATIC=input_scale is not None, num_warps=warps,
+            ROWS=rows, BLOCK_K=block_k, STATIC=input_scale is not None, num_warps=warps, **early(gate_up),
         )  # fmt: skip
     return codes, scales.view(torch.float8_e4m3fn), token
 

@@ -68,6 +68,7 @@ class Attention:
 
     @property
     def reads(self) -> Reads:
+        """What it reads of its input."""
         return "codes" if self.qkv.takes_codes else "values"
 
     def __call__(self, x: Tensor | FP8Rows, rotary: Rotary, attend: Attend) -> Tensor:

@@ -54,6 +54,7 @@ class LatentAttention:
 
     @property
     def reads(self) -> Reads:
+        """What it reads of its input."""
         queries = self.q_b if self.q_a is None else self.q_a
         return "codes" if self.kv_a.takes_codes and queries.takes_codes else "values"
 

@@ -24,6 +24,7 @@ class MLP:
 
     @property
     def reads(self) -> Reads:
+        """What it reads of its input."""
         return "codes" if self.gate_up.takes_codes else "values"
 
     def __call__(self, x: Tensor | FP8Rows) -> Tensor:

@@ -30,7 +30,7 @@ class SparseMLP:
 
     @property
     def reads(self) -> Reads:
-        """The router reads values."""
+        """What it reads of its input: the router reads values."""
         return "both" if self.experts.takes_codes else "values"
 
     def __call__(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:

@@ -48,8 +48,9 @@ def test_no_tokens():
 def test_many_tokens_float32_and_biases_are_torchs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rollmill.moe.routing.has_kernels", lambda x: True)
     monkeypatch.setattr(router, "multiply_router", lambda x, weight: None)
-    x, weight, bias = random(65, 16).to(DEVICE), random(8, 16).to(DEVICE), random(8).to(DEVICE)
+    x, weight, bias = random(65, 16).to(DEVICE), random(256, 16).to(DEVICE), random(256).to(DEVICE)
     assert router_logits(x[:64], weight) is None
+    assert router_logits(x, weight[:128]) is None
     for logits in (
         router_logits(x, weight),
         router_logits(x[:1].float(), weight.float()),

@@ -59,7 +59,7 @@ MATMUL = {  # "i32:16": a multiple of 16, as launches find by themselves
     "end_row": "i32:16",
     "steps": "i32",
 }
-ROW = {"ROWS": 1, "BLOCK_K": 2048}
+ROW = {"ROWS": 1, "BLOCK_K": 2048, "EARLY": True}
 FEW = {"SLICES": 4, "ASSEMBLY": True}
 END = {"SCALED": 1, "BIAS": True}
 EPILOGUE = {"RAGGED": False} | END
@@ -77,7 +77,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "quantize_nvfp4": (
             quantize._nvfp4_kernel,
             QUANTIZE | ROWS,
-            {"ROWS": 1, "BLOCK_K": 2048, "LAYOUT": 128, "STATIC": 0},
+            ROW | {"LAYOUT": 128, "STATIC": 0},
             2,
         ),
         "quantize_fp8": (quantize._fp8_kernel, fp8 | ROWS, ROW | {"STATIC": 0, "REPEAT": 1}, 4),
@@ -131,7 +131,7 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
         "nvfp4_products": (
             quantize._nvfp4_products_kernel,
             products,
-            {"ROWS": 1, "BLOCK_K": 2048, "STATIC": 0, "REPEAT": 1},
+            ROW | {"STATIC": 0, "REPEAT": 1},
             2,
         ),
     }
@@ -141,7 +141,7 @@ def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     """Every tile of the dense FP8 product of few tokens."""
     codes = {"x_ptr": "*fp8e4nv", "token_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
     rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "M": "i32", "N": "i32:16", "K": "i32:16", "steps": "i32"}
-    options = {"SLICES": fp8_gemm.SLICES, "RAGGED": False, "EACH": True, "BIAS": True}
+    options = {"SLICES": fp8_gemm.SLICES, "RAGGED": False, "EACH": True, "BIAS": True, "EARLY": True}
     return {
         f"fp8_few_{most}": (
             fp8_gemm.few_tokens_kernel,

@@ -59,20 +59,21 @@ STRIDES = dict.fromkeys(("vocab", "stride", "num_parts"), "i32")
 LOGITS = {"logits_ptr": BF16, "temperature_ptr": FP32}
 DRAW = LOGITS | {"uniform_ptr": F64} | PARTS | {"ids_ptr": I64, "values_ptr": F64, "num_rows": "i32"} | STRIDES
 GATED = {"gate_up_ptr": BF16, "static_ptr": FP32}
+EARLY = {"EARLY": True}
 ROW = {"ROWS": 1, "BLOCK_K": 2048}  # Qwen3-30B-A3B's hidden size
 WIDE = {"ROWS": 1, "BLOCK_K": 16384}  # the most of an intermediate size
 LARGE = {"ROWS": 1, "BLOCK_K": 8192}  # the hidden size of a 70B model
-NORM_OF = {"KIND": "rms", "ADD": True, "NORMED": True, "QUANTIZE": False, "STATIC": False}
-HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 4, "HEAD_DIM": 128, "ROTARY_DIM": 128, "COLS": 128, "HEADS": 4}
+NORM_OF = {"KIND": "rms", "ADD": True, "NORMED": True, "QUANTIZE": False, "STATIC": False} | EARLY
+HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 4, "HEAD_DIM": 128, "ROTARY_DIM": 128, "COLS": 128, "HEADS": 4} | EARLY
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Name -> kernel, signature, constants, warps."""
     quantized = NORM_OF | {"QUANTIZE": True}
-    routed = {"TOP_K": 8, "CHOICES": 8, "RENORMALIZE": True, "SHORT": True}
+    routed = {"TOP_K": 8, "CHOICES": 8, "RENORMALIZE": True, "SHORT": True} | EARLY
     partly = {"ROTARY_DIM": 64, "NORM": "none", "CACHE": "bf16"}
     fp8_cache = QKV | {"keys_ptr": FP8, "values_ptr": FP8}
-    blocked = {"EXPERTS": 128, "CHUNK": 1024}
+    blocked = {"EXPERTS": 128, "CHUNK": 1024} | EARLY
     nvfp4 = GATED | {"codes_ptr": I32, "scales_ptr": U8} | TOKEN | SIZES
     fp8 = GATED | {"codes_ptr": FP8} | TOKEN | SIZES
     return {
@@ -82,7 +83,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "norm_rope_write": (qkv._qkv_kernel, QKV, HEADS | {"NORM": "rms", "CACHE": "bf16"}, 2),
         "norm_rope_write partly turned": (qkv._qkv_kernel, QKV, HEADS | partly, 2),
         "norm_rope_write fp8": (qkv._qkv_kernel, fp8_cache, HEADS | {"NORM": "rms", "CACHE": "fp8"}, 2),
-        "router": (router.logits_kernel, ROUTER, router.TILE | {"RAGGED": False}, router.TILE["SLICES"]),
+        "router": (router.logits_kernel, ROUTER, router.TILE | EARLY | {"RAGGED": False}, router.TILE["SLICES"]),
         "route_softmax 128": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 128}, 1),
         "route_softmax 512": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 512, "SHORT": False}, 4),
         "sums of a vocabulary": (sampling._sum_kernel, LOGITS | PARTS | STRIDES, {"BLOCK": 256, "PART": 16}, 8),
@@ -92,11 +93,11 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "silu_and_mul": (
             silu._bf16_kernel,
             {"gate_up_ptr": BF16, "out_ptr": BF16} | SIZES,
-            {"ROWS": 1, "COLS": 2048},
+            {"ROWS": 1, "COLS": 2048} | EARLY,
             4,
         ),
-        "silu_and_mul_quantize_fp8": (silu._fp8_kernel, fp8, WIDE | {"STATIC": False}, 16),
-        "silu_and_mul_quantize_nvfp4": (silu._nvfp4_kernel, nvfp4, WIDE | {"STATIC": False}, 16),
+        "silu_and_mul_quantize_fp8": (silu._fp8_kernel, fp8, WIDE | EARLY | {"STATIC": False}, 16),
+        "silu_and_mul_quantize_nvfp4": (silu._nvfp4_kernel, nvfp4, WIDE | EARLY | {"STATIC": False}, 16),
     }
 
 

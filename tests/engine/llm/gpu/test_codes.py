@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.engine.llm.gpu import norms, silu  # noqa: E402 (after the conftest's set-up)
 
-TOKENS = 9
+TOKENS = 4
 MAKERS = {"rms_norm_quantize_fp8": norms, "add_rms_norm_quantize_fp8": norms, "silu_and_mul_quantize_fp8": silu}
 
 
