@@ -75,6 +75,8 @@ class DiffusionEngine(Engine):
         self._turns = Turns(self._policy, self.device)
         for transformer in self.transformers.values():
             transformer.compute_within(self._turns.call)
+            if (capability.sm or 0) >= 89 and "triton" in capability.libraries and self.dtype == torch.bfloat16:
+                transformer.fuse(graphs=self.config.cuda_graphs)
 
     def _sync_plan(self) -> SyncPlan:
         slots = [slot for transformer in self.transformers.values() for slot in transformer.slots]

@@ -85,15 +85,35 @@ class TorchFP8Kernel:
             return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
         x = pad_to(x, cols=TILE)
         codes, scale = fp8_codes(x, self.scheme.activation, packed.get("input_scale"))
-        out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        return self.multiply(codes, scale, packed, bias)
+
+    def multiply(
+        self, codes: Tensor, scale: Tensor, packed: Stored, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """`apply` for activations that are quantized already: E4M3 codes [num_tokens, ceil(K, 16)], decode scales
+        float32 [num_tokens] or one for all; into `out` where it is given, BF16 [num_tokens, num_rows].
+
+        On a GPU the bias is added before the result is rounded.
+        """
+        within = bias is not None and codes.is_cuda and self.padded[0] == self.shape.num_rows
+        assert out is None or self.padded[0] == self.shape.num_rows
+        product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             codes,
             packed["weight"].t(),
-            scale_a=scale.view(-1, 1).expand(len(x), 1).contiguous(),
+            scale_a=scale.view(-1, 1).expand(len(codes), 1).contiguous(),
             scale_b=packed["row_scale"],
+            bias=bias if within else None,
             out_dtype=torch.bfloat16,
+            out=out,  # pyright: ignore[reportCallIssue, reportArgumentType]
         )
-        out = out[:, : self.shape.num_rows].to(self.dtype)
-        return out if bias is None else out + bias
+        product = product[:, : self.shape.num_rows].to(self.dtype)
+        if bias is None or within:
+            return product
+        return product + bias if out is None else product.add_(bias)
+
+    def rows(self, packed: Stored, part: slice) -> dict[str, Tensor]:
+        """What `apply` of a kernel for some of the rows reads, multiples of 16: views."""
+        return {"weight": packed["weight"][part], "row_scale": packed["row_scale"][:, part]}
 
 
 class TorchFP8WeightOnly(TorchFP8Kernel):

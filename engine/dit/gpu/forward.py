@@ -1,0 +1,101 @@
+"""`FusedForward`: a transformer's forward through fused kernels, as a CUDA graph a shape; or the reason why not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....quant import UnsupportedError
+from ..linears import Linears
+from .flux import FusedFlux
+
+FORWARDS = {forward.TRANSFORMER: forward for forward in (FusedFlux,)}
+MOST_GRAPHS = 8
+
+log = logging.getLogger("rollmill")
+
+
+class FusedForward:
+    """Computes what the module's own forward computes, within BF16's roundings; one call at a time.
+
+    It leaves calls to the module that ask for more than a velocity (control nets, adapters), for activations as they
+    are, or for every layer's input (calibration, clipping).
+    """
+
+    def __init__(self, module: nn.Module, linears: Mapping[tuple[str, ...], Linears], *, graphs: bool) -> None:
+        self.module, self._linears, self._graphs_wanted = module, linears, graphs
+        self._made: dict[str, FusedFlux | str] = {}
+        self._graphs: dict[tuple[Any, ...], ForwardGraph] = {}
+
+    def __call__(self, precision: str, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The velocity for the keywords of a forward; None where the module's own forward must serve."""
+        given = {name: value for name, value in inputs.items() if value is not None and name != "return_dict"}
+        made = self._at(precision)
+        reason = made if isinstance(made, str) else made.unsupported(given)
+        if reason is not None or isinstance(made, str):
+            _log_reason(type(self.module).__name__, precision, str(reason))
+            return None
+        with torch.no_grad():
+            return self._run(made, precision, given)
+
+    def _at(self, precision: str) -> FusedFlux | str:
+        if precision not in self._made:
+            self._made[precision] = self._make(precision)
+        return self._made[precision]
+
+    def _make(self, precision: str) -> FusedFlux | str:
+        kind = FORWARDS.get(type(self.module).__name__)
+        if kind is None:
+            return f"only {', '.join(FORWARDS)} has fused kernels"
+        try:
+            return kind(self.module, self._linears, precision)
+        except UnsupportedError as error:
+            return str(error)
+
+    def _run(self, forward: FusedFlux, precision: str, given: Mapping[str, Tensor]) -> Tensor:
+        if not self._graphs_wanted:
+            return forward(**given)
+        key = (precision, *((name, value.shape, value.dtype) for name, value in sorted(given.items())))
+        graph = self._graphs.get(key)
+        if graph is None or graph.addresses != forward.addresses():  # memory that it reads has moved
+            start = time.perf_counter()
+            while len(self._graphs) >= MOST_GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
+            graph = self._graphs[key] = ForwardGraph(forward, given)
+            shape = tuple(given["hidden_states"].shape)
+            log.info("captured a forward in %s for latents %s in %.1f s", precision, shape, time.perf_counter() - start)
+        return graph.run(given)
+
+
+class ForwardGraph:
+    """One precision and shape. Swaps write packed tensors in place: it stays valid."""
+
+    def __init__(self, forward: FusedFlux, given: Mapping[str, Tensor]) -> None:
+        self.addresses = forward.addresses()
+        self.inputs = {name: value.clone() for name, value in given.items()}
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward(**self.inputs)  # compiles what compiles on first use
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.velocity = forward(**self.inputs)
+
+    def run(self, given: Mapping[str, Tensor]) -> Tensor:
+        for name, value in given.items():
+            self.inputs[name].copy_(value)
+        self.graph.replay()
+        return self.velocity.clone()
+
+
+@cache
+def _log_reason(model: str, precision: str, reason: str) -> None:
+    """Say once why a forward goes layer by layer."""
+    log.info("%s in %s, layer by layer: %s", model, precision, reason)
