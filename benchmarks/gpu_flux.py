@@ -79,7 +79,7 @@ def diffusers_model(config: dict[str, Any]) -> Any:
     return model
 
 
-def profile(step: Callable[[], Any]) -> None:
+def profile(step: Callable[[], Any], most: int = 24) -> None:
     """GPU time of a step by kernel."""
     from torch.profiler import ProfilerActivity, profile as torch_profile
 
@@ -91,7 +91,7 @@ def profile(step: Callable[[], Any]) -> None:
     kernels.sort(key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in kernels) / 1e3
     print(f"profile: {total:.2f} ms of kernels", flush=True)
-    for event in kernels[:32]:
+    for event in kernels[:most]:
         print(f"  {event.self_device_time_total / 1e3:8.3f} ms {event.count:5d} x  {event.key[:110]}", flush=True)
 
 

@@ -115,7 +115,8 @@ class EngineConfig(Settings, frozen=True):
     Language models: `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one
     step, so that long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what
     `max_batch_size` sequences can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings;
-    `attention`: "auto" takes FlashInfer's on a GPU that has it; `cuda_graphs`: decoding steps as CUDA graphs, there.
+    `attention`: "auto" takes FlashInfer's on a GPU that has it; `cuda_graphs`: decoding steps as CUDA graphs, there
+    (and forwards of diffusion transformers that have fused kernels).
     Diffusion transformers: `dual`: "bf16" keeps a BF16 copy of the quantized layers beside them, for two precisions in
     one rollout and for `replay`; `max_denoise_batch`: samples that are denoised together; `base`: folder or hub id of
     the pipeline that brings what a file of transformer weights lacks; `layout`: how a file of NVFP4 weights lies,

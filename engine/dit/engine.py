@@ -349,6 +349,7 @@ class DiffusionEngine(Engine):
             "transformers": {name: one.config.get("_class_name") for name, one in self.transformers.items()},
             "dual": self.config.dual,
             "max_denoise_batch": self.config.max_denoise_batch,
+            "unfused": {name: one.unfused() for name, one in self.transformers.items()},
             "paused": self._turns.paused,
         }
 
@@ -369,7 +370,6 @@ LANGUAGE_SETTINGS = (
     "kv_cache_tokens",
     "prefix_cache",
     "attention",
-    "cuda_graphs",
 )
 
 

@@ -125,6 +125,10 @@ class Transformer:
 
         self._fused = FusedForward(self.module, self.linears, graphs=graphs)
 
+    def unfused(self) -> str | None:
+        """Why forwards in "quantized" go layer by layer, or None if they do not."""
+        return "fused kernels are for BF16 on a GPU" if self._fused is None else self._fused.reason("quantized")
+
     def _fused_output(self, inputs: Mapping[str, Any]) -> Any:
         """What a forward of the module returns for these arguments; None where layer after layer must compute it."""
         velocity = None if self._fused is None else self._fused(self.switch.now, inputs)

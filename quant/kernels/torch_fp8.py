@@ -28,6 +28,11 @@ def cpu_takes_row_scales() -> bool:
     return True
 
 
+def _aligned(scale: Tensor) -> Tensor:
+    """cuBLAS reads vectors of scales 16 bytes at a time: those that begin elsewhere (some tokens of many) move."""
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
+
+
 def _ceil(size: int) -> int:
     return -(-size // TILE) * TILE
 
@@ -88,22 +93,31 @@ class TorchFP8Kernel:
         return self.multiply(codes, scale, packed, bias)
 
     def multiply(
-        self, codes: Tensor, scale: Tensor, packed: Stored, bias: Tensor | None = None, out: Tensor | None = None
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        packed: Stored,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        *,
+        fast: bool = False,
     ) -> Tensor:
         """`apply` for activations that are quantized already: E4M3 codes [num_tokens, ceil(K, 16)], decode scales
         float32 [num_tokens] or one for all; into `out` where it is given, BF16 [num_tokens, num_rows].
 
-        On a GPU the bias is added before the result is rounded.
+        On a GPU the bias is added before the result is rounded. `fast` (Hopper): sums stay in the tensor cores, which
+        keep fewer bits than float32, for the whole of K.
         """
         within = bias is not None and codes.is_cuda and self.padded[0] == self.shape.num_rows
         assert out is None or self.padded[0] == self.shape.num_rows
         product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             codes,
             packed["weight"].t(),
-            scale_a=scale.view(-1, 1).expand(len(codes), 1).contiguous(),
-            scale_b=packed["row_scale"],
+            scale_a=_aligned(scale.view(-1, 1).expand(len(codes), 1).contiguous()),
+            scale_b=_aligned(packed["row_scale"]),
             bias=bias if within else None,
             out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
             out=out,  # pyright: ignore[reportCallIssue, reportArgumentType]
         )
         product = product[:, : self.shape.num_rows].to(self.dtype)

@@ -6,11 +6,13 @@ residual waits for the norm that reads it: `Pending` is (y, gate) of h += gate *
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from msgspec import Struct
 from torch import Tensor
 
@@ -18,7 +20,8 @@ from ....quant.gpu.quantize import quantize_fp8
 from ..linears import Linears
 from .activations import Activations
 from .attention import attend
-from .gelu import join_gelu
+from .beside import Beside
+from .gelu import gelu, join_gelu
 from .layers import Layer, as_read_by
 from .modulate import add_gated, norm_modulate
 from .qk_rope import qk_norm_rope
@@ -40,12 +43,14 @@ class Both(Struct, frozen=True):
     def layers(self) -> tuple[Layer, Layer]:
         return self.text, self.image
 
-    def __call__(self, x: Activations, streams: Streams) -> Tensor:
-        """Rows of the streams -> rows of the streams."""
-        first = streams.text_rows
+    def __call__(self, x: Activations, streams: Streams, *, with_gelu: bool = False) -> Tensor:
+        """Rows of the streams -> rows of the streams, `with_gelu` of plain layers activated."""
         out = torch.empty(streams.num_rows, self.image.num_rows, dtype=torch.bfloat16, device=x.device)
-        self.text(x[:first], out[:first])
-        self.image(x[first:], out[first:])
+        for layer, part in zip(self.layers, streams.parts, strict=True):
+            if with_gelu:
+                layer.gelu(x[part], out[part])
+            else:
+                layer(x[part], out[part])
         return out
 
 
@@ -81,6 +86,7 @@ class FusedFlux:
         self.embed = Both(self._layer("context_embedder"), self._layer("x_embedder"))
         self.double = [self._double(i) for i in range(len(module.transformer_blocks))]
         self.single = [self._single(i) for i in range(len(module.single_transformer_blocks))]
+        self._beside = Beside(module.proj_out.weight.device)
         self.last_modulation, self.last = self._layer("norm_out.linear"), self._layer("proj_out")
 
     def layers(self) -> Iterator[Layer]:
@@ -98,8 +104,6 @@ class FusedFlux:
         unlike = sorted(given.keys() - {"guidance"} ^ NEEDED)
         if unlike:
             return f"it was called with or without {', '.join(unlike)}"
-        if self._precision == "weight_only":
-            return "activations are to stay as they are"
         if given["txt_ids"].ndim != 2 or given["img_ids"].ndim != 2:
             return "ids with a batch dimension"
         floats = [given[name] for name in ("hidden_states", "encoder_hidden_states", "pooled_projections")]
@@ -109,7 +113,7 @@ class FusedFlux:
             return "gradients of its inputs are asked for"
         if any(layer.slot.meter is not None for layer in self.layers()):
             return "activations are watched"
-        return None
+        return changed_part(self.module)
 
     def addresses(self) -> tuple[int, ...]:
         """Of everything that is packed: what a CUDA graph of this forward reads."""
@@ -158,8 +162,9 @@ class FusedFlux:
         """diffusers' arguments -> the velocity [batch, image tokens, channels]."""
         streams = Streams(len(hidden_states), encoder_hidden_states.shape[1], hidden_states.shape[1])
         h = torch.empty(streams.num_rows, self.embed.image.num_rows, dtype=torch.bfloat16, device=hidden_states.device)
-        self.embed.text(Activations(encoder_hidden_states.flatten(0, 1)), h[: streams.text_rows])
-        self.embed.image(Activations(hidden_states.flatten(0, 1)), h[streams.text_rows :])
+        given = encoder_hidden_states.flatten(0, 1), hidden_states.flatten(0, 1)
+        for layer, part, rows in zip(self.embed.layers, streams.parts, given, strict=True):
+            layer(_activations(rows, layer.reads_codes), h[part])
         tables = self._modulations(timestep, guidance, pooled_projections)
         cos, sin = self.module.pos_embed(torch.cat((txt_ids, img_ids)))
         rotary = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()  # every number stands there twice
@@ -177,21 +182,29 @@ class FusedFlux:
 
     def _modulations(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor) -> Iterator[Tensor]:
         """[num_streams, batch, parts * hidden_size] of every block and of the end: from one vector a sample, which is
-        activated and quantized once."""
+        activated and quantized once. They read many weights for few products: beside the blocks before theirs."""
         conditions = [timestep.to(torch.bfloat16) * 1000]  # in the model's dtype, as diffusers rounds it
         if guidance is not None:
             conditions.append(guidance.to(torch.bfloat16) * 1000)
         vector = F.silu(self.module.time_text_embed(*conditions, pooled))
-        wanted = as_read_by(*(layer for block in self.double for layer in block.modulation.layers), *self._later())
-        x = Activations(vector, *(quantize_fp8(vector) if wanted["quantize"] else ()))
-        for block in self.double:
-            yield torch.stack([layer(x) for layer in block.modulation.layers])
-        for layer in self._later():
-            yield layer(x)[None]
+        x = _activations(vector, as_read_by(*itertools.chain(*self._modulation_layers()))["quantize"])
+        tables = [
+            vector.new_empty(len(layers), len(vector), layers[0].num_rows) for layers in self._modulation_layers()
+        ]
+        marks: list[Any] = []
+        with self._beside.fork():
+            for table, layers in zip(tables, self._modulation_layers(), strict=True):
+                for rows, layer in zip(table, layers, strict=True):
+                    layer(x, rows)
+                marks.append(self._beside.mark())
+        for table, mark in zip(tables, marks, strict=True):
+            self._beside.wait(mark)
+            yield table
 
-    def _later(self) -> list[Layer]:
-        """Modulations after the double blocks."""
-        return [*(block.modulation for block in self.single), self.last_modulation]
+    def _modulation_layers(self) -> list[tuple[Layer, ...]]:
+        """Of every block's streams, and of the end."""
+        singles = [(block.modulation,) for block in self.single]
+        return [*(block.modulation.layers for block in self.double), *singles, (self.last_modulation,)]
 
     def _run_double(
         self, block: DoubleBlock, h: Tensor, pending: Pending, table: Tensor, rotary: Rotary, streams: Streams
@@ -200,10 +213,15 @@ class FusedFlux:
         x = norm_modulate(h, scale, shift, streams, EPS, pending, **as_read_by(*block.qkv.layers))
         qkv = qk_norm_rope(block.qkv(x, streams), block.norms, *rotary, streams, EPS)
         attention = attend(qkv, streams, self.num_heads)
-        y = block.out(join_gelu(h, streams, attention, **as_read_by(*block.out.layers)), streams)
+        y = block.out(join_gelu(attention, None, streams, **as_read_by(*block.out.layers)), streams)
         x = norm_modulate(h, inner_scale, inner_shift, streams, EPS, (y, gate), **as_read_by(*block.inner.layers))
-        mlp = join_gelu(h, streams, mlp=block.inner(x, streams), **as_read_by(*block.outer.layers))
-        return block.outer(mlp, streams), inner_gate
+        return block.outer(self._inner(block, x, streams), streams), inner_gate
+
+    def _inner(self, block: DoubleBlock, x: Activations, streams: Streams) -> Activations:
+        """What comes out of an MLP's GELU."""
+        if all(layer.is_plain for layer in (*block.inner.layers, *block.outer.layers)):
+            return Activations(block.inner(x, streams, with_gelu=True))
+        return gelu(block.inner(x, streams), streams, **as_read_by(*block.outer.layers))
 
     def _run_single(
         self, block: SingleBlock, h: Tensor, pending: Pending, table: Tensor, rotary: Rotary, joint: Streams
@@ -212,5 +230,20 @@ class FusedFlux:
         x = norm_modulate(h, scale, shift, joint, EPS, pending, **as_read_by(block.qkv, block.inner))
         qkv = qk_norm_rope(block.qkv(x), block.norms, *rotary, joint, EPS)
         attention = attend(qkv, joint, self.num_heads)
-        y = block.outer(join_gelu(h, joint, attention, block.inner(x), **as_read_by(block.outer)))
-        return y, gate
+        if block.inner.is_plain and block.outer.is_plain:
+            return block.outer.sum_over(attention, block.inner.gelu(x)), gate
+        return block.outer(join_gelu(attention, block.inner(x), joint, **as_read_by(block.outer))), gate
+
+
+def changed_part(module: Any) -> str | None:
+    """What someone has hung into the model that its own forward would call, or None."""
+    for part in module.modules():
+        if part is not module and (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_diffusers_hook")):
+            return f"a {type(part).__name__} of it has hooks"
+        if not isinstance(getattr(part, "processor", None), FluxAttnProcessor | None):
+            return f"attention is computed by a {type(part.processor).__name__}"
+    return None
+
+
+def _activations(rows: Tensor, quantize: bool) -> Activations:
+    return Activations(rows, *(quantize_fp8(rows.contiguous()) if quantize else ()))

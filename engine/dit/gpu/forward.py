@@ -38,11 +38,16 @@ class FusedForward:
         given = {name: value for name, value in inputs.items() if value is not None and name != "return_dict"}
         made = self._at(precision)
         reason = made if isinstance(made, str) else made.unsupported(given)
-        if reason is not None or isinstance(made, str):
+        if isinstance(made, str) or reason is not None:
             _log_reason(type(self.module).__name__, precision, str(reason))
             return None
         with torch.no_grad():
             return self._run(made, precision, given)
+
+    def reason(self, precision: str) -> str | None:
+        """Why no forward in `precision` is fused, or None; a single call may have reasons of its own."""
+        made = self._at(precision)
+        return made if isinstance(made, str) else None
 
     def _at(self, precision: str) -> FusedFlux | str:
         if precision not in self._made:
@@ -51,6 +56,8 @@ class FusedForward:
 
     def _make(self, precision: str) -> FusedFlux | str:
         kind = FORWARDS.get(type(self.module).__name__)
+        if precision == "weight_only":
+            return "activations are to stay as they are"
         if kind is None:
             return f"only {', '.join(FORWARDS)} has fused kernels"
         try:

@@ -17,16 +17,73 @@ import triton.language as tl
 from torch import Tensor
 
 from ....quant.gpu.device import on_own_device
-from ....quant.gpu.quantize import write_fp8
+from ....quant.gpu.quantize import fp8_codes, fp8_scale
 from .activations import Activations
 from .streams import Streams, find_row
 
-TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+WARP_COLS = 2048  # of a row, a warp: 64 a thread, two programs on a multiprocessor
+LINEAR = tl.constexpr(-2.302208198144325)  # -2 sqrt(2 / pi) log2(e)
+CUBIC = tl.constexpr(-0.1029432395800235)  # times 0.044715
 
 
 @triton.jit
-def gelu_tanh(x):
-    return x / (1.0 + tl.exp(-TWICE * (x + 0.044715 * x * x * x)))
+def _exp2(x, ASSEMBLY: tl.constexpr):
+    """2^x, within 2 units in the last place; ASSEMBLY: without a way around for denormals."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal(x, ASSEMBLY: tl.constexpr):
+    """1 / x, within a unit in the last place; 0 of infinity."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def _rounded(x, ASSEMBLY: tl.constexpr):
+    """To values of BF16; ASSEMBLY: two in one instruction, where the compiler takes one at an eighth of the rate."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 both, low, high;
+            cvt.rn.bf16x2.f32 both, $3, $2;
+            shl.b32 low, both, 16; and.b32 high, both, 0xFFFF0000;
+            mov.b32 $0, low; mov.b32 $1, high; }""",
+            "=f,=f,f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def _gelu(x, ASSEMBLY: tl.constexpr):
+    power = _exp2(x * (LINEAR + CUBIC * (x * x)), ASSEMBLY)
+    return _rounded(x * _reciprocal(1.0 + power, ASSEMBLY), ASSEMBLY)
+
+
+@triton.jit
+def _load(ptr, first, end, COLS: tl.constexpr):
+    """float32 [1, COLS] from `first` on; zeros from `end` on."""
+    cols = first + tl.arange(0, COLS)[None, :]
+    return tl.load(ptr + cols, mask=cols < end, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, scale, out_ptr, codes_ptr, first, end, COLS: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr):
+    cols = first + tl.arange(0, COLS)[None, :]
+    if KEEP:
+        tl.store(out_ptr + cols, x.to(tl.bfloat16), mask=cols < end)
+    if QUANTIZE:
+        tl.store(codes_ptr + cols, fp8_codes(x, scale), mask=cols < end)
 
 
 @triton.jit
@@ -39,52 +96,88 @@ def _gelu_kernel(
     batch,
     text,
     image,
-    num_rows,
     width,
     inner,
     KEEP: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    LEFT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
-    """A program a row of `width` columns of attention (joint rows) and `inner` columns of the MLP (rows of streams)."""
-    row, cols = tl.program_id(0), tl.arange(0, BLOCK_K)[None, :]
+    """A program a row: `width` columns of attention (joint rows), `inner` of the MLP (rows of streams) in two tiles,
+    so that few lanes idle where `inner` is no power of two."""
+    row = tl.program_id(0)
     _, sample, position = find_row(row, batch, text, image)
     joint, K = (sample * (text + image) + position).to(tl.int64), width + inner
-    left = tl.load(attention_ptr + joint * width + cols, mask=cols < width, other=0.0).to(tl.float32)
-    inside = (cols >= width) & (cols < K)
-    right = tl.load(mlp_ptr + row.to(tl.int64) * inner + (cols - width), mask=inside, other=0.0).to(tl.float32)
-    out = (left + gelu_tanh(right)).to(tl.bfloat16)  # one of them is zero
-    if KEEP:
-        tl.store(out_ptr + row.to(tl.int64) * K + cols, out, mask=cols < K)
+    out_ptr += row.to(tl.int64) * K
+    codes_ptr += row.to(tl.int64) * K
+    mlp_ptr += row.to(tl.int64) * inner
+    amax = tl.zeros((1,), tl.float32)
+    if LEFT:
+        left = _load(attention_ptr + joint * width, 0, width, LEFT)
+        amax = tl.maximum(amax, tl.max(tl.abs(left), axis=1), propagate_nan=tl.PropagateNan.ALL)
+    if FIRST:
+        first = _gelu(_load(mlp_ptr, 0, inner, FIRST), ASSEMBLY)
+        amax = tl.maximum(amax, tl.max(tl.abs(first), axis=1), propagate_nan=tl.PropagateNan.ALL)
+    if SECOND:
+        second = _gelu(_load(mlp_ptr, FIRST, inner, SECOND), ASSEMBLY)
+        amax = tl.maximum(amax, tl.max(tl.abs(second), axis=1), propagate_nan=tl.PropagateNan.ALL)
+    scale = fp8_scale(amax)
     if QUANTIZE:
-        rows = row + tl.arange(0, 1)
-        write_fp8(out.to(tl.float32), rows, token_ptr, codes_ptr, token_ptr, num_rows, K, 1, BLOCK_K, 0)
+        tl.store(token_ptr + row + tl.arange(0, 1), scale)
+    if LEFT:
+        _store(left, scale, out_ptr, codes_ptr, 0, width, LEFT, KEEP, QUANTIZE)
+    if FIRST:
+        _store(first, scale, out_ptr, codes_ptr, width, K, FIRST, KEEP, QUANTIZE)
+    if SECOND:
+        _store(second, scale, out_ptr, codes_ptr, width + FIRST, K, SECOND, KEEP, QUANTIZE)
 
 
 @on_own_device
 def join_gelu(
-    like: Tensor,
-    streams: Streams,
-    attention: Tensor | None = None,
-    mlp: Tensor | None = None,
-    *,
-    keep: bool = True,
-    quantize: bool = False,
+    attention: Tensor, mlp: Tensor | None, streams: Streams, *, keep: bool = True, quantize: bool = False
 ) -> Activations:
-    """BF16 attention [num_rows, width] (joint rows) and mlp [num_rows, inner] (rows of `streams`) -> rows of `streams`,
-    [num_rows, width + inner]: [attention | gelu(mlp)]; as BF16 (`keep`), as FP8 (`quantize`). `like` gives the device.
-    """
+    """BF16 attention [num_rows, width] (joint rows), mlp [num_rows, inner] (rows of `streams`; None: there is none) ->
+    rows of `streams` [num_rows, width + inner], [attention | gelu(mlp)]: as BF16 (`keep`), as FP8 (`quantize`)."""
+    return _launch(attention, mlp, streams, keep, quantize)
+
+
+@on_own_device
+def gelu(mlp: Tensor, streams: Streams, *, keep: bool = True, quantize: bool = False) -> Activations:
+    """BF16 mlp [num_rows, inner] -> its GELU: as BF16 (`keep`), as FP8 (`quantize`)."""
+    return _launch(None, mlp, streams, keep, quantize)
+
+
+def _launch(attention: Tensor | None, mlp: Tensor | None, streams: Streams, keep: bool, quantize: bool) -> Activations:
     width, inner = (0 if part is None else part.shape[1] for part in (attention, mlp))
     num_rows, K = streams.num_rows, width + inner
     given = [part for part in (attention, mlp) if part is not None]
+    x = given[0]
     assert all(part.is_contiguous() and len(part) == num_rows for part in given)
-    out = like.new_empty(num_rows, K) if keep else None
-    codes = like.new_empty(num_rows, K, dtype=torch.float8_e4m3fn) if quantize else None
-    token = like.new_empty(num_rows, dtype=torch.float32) if quantize else None
-    block_k = max(16, triton.next_power_of_2(K))
+    out = x.new_empty(num_rows, K) if keep else None
+    codes = x.new_empty(num_rows, K, dtype=torch.float8_e4m3fn) if quantize else None
+    token = x.new_empty(num_rows, dtype=torch.float32) if quantize else None
+    left, first, second = tiles(width, inner)
     _gelu_kernel[(num_rows,)](
-        given[0], given[-1], like if out is None else out, like if codes is None else codes,
-        like if token is None else token, streams.batch, streams.text, streams.image, num_rows, width, inner,
-        KEEP=keep, QUANTIZE=quantize, BLOCK_K=block_k, num_warps=min(16, max(1, block_k // 1024)),
+        x, given[-1], x if out is None else out, x if codes is None else codes, x if token is None else token,
+        streams.batch, streams.text, streams.image, width, inner, KEEP=keep, QUANTIZE=quantize,
+        LEFT=left, FIRST=first, SECOND=second, ASSEMBLY=x.is_cuda,
+        num_warps=min(16, max(1, _covering(left + first + second) // WARP_COLS)),
     )  # fmt: skip
     return Activations(out, codes, token)
+
+
+def tiles(width: int, inner: int) -> tuple[int, int, int]:
+    """Columns of the tile of attention and of the two of the MLP: powers of two that cover them, 0 where there is
+    nothing."""
+    first = 1 << inner.bit_length() - 1 if inner else 0
+    rest = inner - first
+    if rest > first // 2 or 0 < rest < 16:  # one tile is as small, or two are too small for a warp
+        first, rest = 2 * first, 0
+    return _covering(width), first, _covering(rest)
+
+
+def _covering(size: int) -> int:
+    """The next power of two; none for nothing."""
+    return 1 << (size - 1).bit_length() if size else 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ....quant import UnsupportedError
@@ -37,17 +38,38 @@ class Layer:
         self.bias = _side_by_side(linears[names].biases, what)
         self.reads_codes = isinstance(kernel, TorchFP8Kernel)
         self.num_rows: int = kernel.shape.num_rows
+        self.is_plain = isinstance(kernel, PlainKernel) and self.bias is not None
 
     def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         """x [num_tokens, in_features] -> BF16 [num_tokens, num_rows], written to `out` where it is given."""
         if self.reads_codes:
-            return self.kernel.multiply(x.codes, x.scale, self.packed, self.bias, out)
+            return self.kernel.multiply(x.codes, x.scale, self.packed, self.bias, out, fast=True)
         assert x.rows is not None
         if out is None:
             return self.kernel.apply(x.rows, self.packed, self.bias)
-        if isinstance(self.kernel, PlainKernel) and self.bias is not None and out.is_cuda:
+        if self.is_plain and self.bias is not None and out.is_cuda:
             return torch.addmm(self.bias, x.rows, self.packed["weight"].t(), out=out)
         return out.copy_(self.kernel.apply(x.rows, self.packed, self.bias))
+
+    def gelu(self, x: Activations, out: Tensor | None = None) -> Tensor:
+        """gelu(x W^T + bias), the tanh form, of a plain layer: rounded once, by the product itself on a GPU."""
+        weight, bias = self.packed["weight"], self.bias
+        assert x.rows is not None
+        assert bias is not None
+        if x.rows.is_cuda:
+            return torch._addmm_activation(bias, x.rows, weight.t(), use_gelu=True, out=out)  # pyright: ignore[reportPrivateImportUsage]
+        made = F.gelu(x.rows.float() @ weight.float().t() + bias, approximate="tanh").to(torch.bfloat16)
+        return made if out is None else out.copy_(made)
+
+    def sum_over(self, *parts: Tensor) -> Tensor:
+        """y of [part | part ...], of a plain layer, without joining them: sums are rounded to BF16 after each."""
+        weight, first = self.packed["weight"].to(torch.bfloat16), 0
+        assert self.bias is not None
+        y = self.bias
+        for part in parts:
+            y = torch.addmm(y, part, weight[:, first : first + part.shape[1]].t())
+            first += part.shape[1]
+        return y
 
 
 def _side_by_side(biases: Sequence[Tensor | None], what: str) -> Tensor | None:

@@ -33,6 +33,11 @@ class Streams(Struct, frozen=True):
         return self.batch * (self.text + self.image)
 
     @property
+    def parts(self) -> tuple[slice, slice]:
+        """Rows of text and of image."""
+        return slice(0, self.text_rows), slice(self.text_rows, self.num_rows)
+
+    @property
     def joined(self) -> Streams:
         """The same rows as one stream."""
         return Streams(self.batch, self.text + self.image, 0)

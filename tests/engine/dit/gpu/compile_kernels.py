@@ -33,6 +33,8 @@ MODULATE = {
     **dict.fromkeys(("share", "eps"), "fp32"),
 }
 GELU = {"attention_ptr": BF16, "mlp_ptr": BF16, **OUT, **ROWS, "width": "i32", "inner": "i32"}
+del GELU["num_rows"]
+TILES = {"LEFT": 4096, "FIRST": 8192, "SECOND": 4096, "ASSEMBLY": True}
 ROPE = {
     **{f"{name}_ptr": WORDS for name in ("qkv", "out", "text_q", "text_k", "image_q", "image_k")},
     **dict.fromkeys(("cos_ptr", "sin_ptr"), FP32),
@@ -49,8 +51,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     return {
         "add_norm_modulate fp8": (modulate._modulate_kernel, MODULATE, {**NORM, **QUANTIZE}, 8),
         "add_norm_modulate bf16": (modulate._modulate_kernel, MODULATE, {**NORM, **KEEP}, 8),
-        "join_gelu fp8": (gelu._gelu_kernel, GELU, {**QUANTIZE, "BLOCK_K": 16384}, 16),
-        "join_gelu bf16": (gelu._gelu_kernel, GELU, {**KEEP, "BLOCK_K": 16384}, 16),
+        "join_gelu fp8": (gelu._gelu_kernel, GELU, {**QUANTIZE, **TILES}, 16),
+        "join_gelu bf16": (gelu._gelu_kernel, GELU, {**KEEP, **TILES}, 16),
         "qk_norm_rope": (qk_rope._qk_rope_kernel, ROPE, {"PAIRS": 64, "HEADS": 32, "COLS": 64}, 4),
     }
 

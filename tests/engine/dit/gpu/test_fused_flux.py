@@ -146,10 +146,15 @@ def unfused(config, weights, inputs):
 def test_what_is_not_fused_goes_layer_by_layer(config, weights, inputs, unfused):
     transformer = make(config, weights, "fp8")
     assert not unfused(transformer)
+    assert transformer.unfused() is None
     assert unfused(transformer, "weight_only")
     residuals = [torch.ones(2, IMAGE, 128, dtype=torch.bfloat16, device=DEVICE)]
     assert unfused(transformer, controlnet_block_samples=residuals)
-    transformer.slots[-1].meter = meter = AmaxMeter(DEVICE)
+    seen: list[Any] = []
+    hook = transformer.module.single_transformer_blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    assert unfused(transformer)
+    assert len(seen) == 2
+    hook.remove()
     linear = next(one.served.slot for names, one in transformer.linears.items() if "ff.net.2" in names[0])
     linear.meter = meter = AmaxMeter(DEVICE)
     assert unfused(transformer)
@@ -162,4 +167,6 @@ def test_what_is_not_fused_goes_layer_by_layer(config, weights, inputs, unfused)
     ids=["per-tensor scales", "nvfp4", "q stored otherwise"],
 )
 def test_schemes_that_are_not_fused_go_layer_by_layer(quant, options, config, weights, unfused):
-    assert unfused(make(config, weights, quant, **options))
+    transformer = make(config, weights, quant, **options)
+    assert unfused(transformer)
+    assert transformer.unfused() is not None

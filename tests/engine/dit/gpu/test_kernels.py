@@ -8,7 +8,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from rollmill.engine.dit.gpu.gelu import join_gelu  # noqa: E402 (after the conftest's set-up)
+from rollmill.engine.dit.gpu.activations import Activations  # noqa: E402 (after the conftest's set-up)
+from rollmill.engine.dit.gpu.gelu import gelu, join_gelu, tiles  # noqa: E402
 from rollmill.engine.dit.gpu.modulate import add_gated, norm_modulate  # noqa: E402
 from rollmill.engine.dit.gpu.qk_rope import qk_norm_rope  # noqa: E402
 from rollmill.engine.dit.gpu.streams import Streams  # noqa: E402
@@ -89,8 +90,24 @@ def test_residual_alone(streams: Streams):
     assert bool(((x.double() - expected).abs() <= expected.abs() * ULP + 1e-6).all())
 
 
+def launch(attention: torch.Tensor | None, mlp: torch.Tensor | None, streams: Streams, *, keep: bool) -> Activations:
+    if attention is not None:
+        return join_gelu(attention, mlp, streams, keep=keep, quantize=True)
+    assert mlp is not None
+    return gelu(mlp, streams, keep=keep, quantize=True)
+
+
+@pytest.mark.parametrize("inner", [0, 1, 16, 48, 80, 96, 100, 4096, 10240, 12288, 13000])
+def test_tiles_cover_a_row(inner: int):
+    _, first, second = tiles(0, inner)
+    assert inner <= first + second <= 2 * inner
+    assert all(size & (size - 1) == 0 for size in (first, second))
+    assert second == 0 or inner > first  # the first tile needs no mask then
+    assert (first, second) == (8192, 4096) or inner != 12288
+
+
 @streams_of_all_kinds
-@pytest.mark.parametrize(("width", "inner"), [(16, 64), (48, 192), (48, 0), (0, 80)])
+@pytest.mark.parametrize(("width", "inner"), [(16, 64), (48, 96), (48, 0), (0, 80)])
 def test_gelu_beside_attention_equals_float64(streams: Streams, width: int, inner: int):
     attention = random(streams.num_rows, width) if width else None
     mlp = random(streams.num_rows, inner, seed=1) * 3 if inner else None
@@ -102,11 +119,10 @@ def test_gelu_beside_attention_equals_float64(streams: Streams, width: int, inne
     if mlp is not None:
         parts.append(torch.nn.functional.gelu(mlp.double(), approximate="tanh"))
     expected = torch.cat(parts, -1)
-    like = random(1)
-    both = join_gelu(like, streams, attention, mlp, keep=True, quantize=True)
+    both = launch(attention, mlp, streams, keep=True)
     codes, token = quantize_fp8(both.rows)
     assert bool(((both.rows.double() - expected).abs() <= expected.abs() * ULP + 2e-6).all())
-    alone = join_gelu(like, streams, attention, mlp, keep=False, quantize=True)
+    alone = launch(attention, mlp, streams, keep=False)
     for found in (both, alone):
         assert same_bits(found.codes, codes)
         assert same_bits(found.scale, token)
@@ -115,7 +131,7 @@ def test_gelu_beside_attention_equals_float64(streams: Streams, width: int, inne
 @pytest.mark.parametrize("value", [-3e38, -200.0, -0.0, 0.0, 200.0, 3e38])
 def test_gelu_of_large_numbers_is_theirs_or_zero(value: float):
     mlp = torch.full((3, 16), value).bfloat16().to(DEVICE)
-    found = join_gelu(mlp, Streams(1, 3, 0), None, mlp).rows
+    found = gelu(mlp, Streams(1, 3, 0)).rows
     assert torch.equal(found, mlp.clamp(min=0))
 
 
