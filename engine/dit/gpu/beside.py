@@ -1,4 +1,4 @@
-"""`Beside`: a second stream, for work that waits for memory while the first one multiplies."""
+"""`Beside`: a second stream, for work that fills what the first one leaves idle."""
 
 from __future__ import annotations
 

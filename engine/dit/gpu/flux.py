@@ -86,7 +86,7 @@ class FusedFlux:
         self.embed = Both(self._layer("context_embedder"), self._layer("x_embedder"))
         self.double = [self._double(i) for i in range(len(module.transformer_blocks))]
         self.single = [self._single(i) for i in range(len(module.single_transformer_blocks))]
-        self._beside = Beside(module.proj_out.weight.device)
+        self._beside, self._mlp_beside = (Beside(module.proj_out.weight.device) for _ in range(2))
         self.last_modulation, self.last = self._layer("norm_out.linear"), self._layer("proj_out")
 
     def layers(self) -> Iterator[Layer]:
@@ -229,10 +229,19 @@ class FusedFlux:
         shift, scale, gate = table.chunk(3, dim=-1)
         x = norm_modulate(h, scale, shift, joint, EPS, pending, **as_read_by(block.qkv, block.inner))
         qkv = qk_norm_rope(block.qkv(x), block.norms, *rotary, joint, EPS)
+        plain = block.inner.is_plain and block.outer.is_plain
+        mlp = qkv.new_empty(joint.num_rows, block.inner.num_rows)
+        with self._mlp_beside.fork():
+            if plain:
+                block.inner.gelu(x, mlp)
+            else:
+                block.inner(x, mlp)
+            mark = self._mlp_beside.mark()
         attention = attend(qkv, joint, self.num_heads)
-        if block.inner.is_plain and block.outer.is_plain:
-            return block.outer.sum_over(attention, block.inner.gelu(x)), gate
-        return block.outer(join_gelu(attention, block.inner(x), joint, **as_read_by(block.outer))), gate
+        self._mlp_beside.wait(mark)
+        if plain:
+            return block.outer.sum_over(attention, mlp), gate
+        return block.outer(join_gelu(attention, mlp, joint, **as_read_by(block.outer))), gate
 
 
 def changed_part(module: Any) -> str | None:

@@ -17,6 +17,7 @@ from .flux import FusedFlux
 
 FORWARDS = {forward.TRANSFORMER: forward for forward in (FusedFlux,)}
 MOST_GRAPHS = 8
+FIRST = -1  # priority of what others run beside: they fill the multiprocessors that its last programs leave
 
 log = logging.getLogger("rollmill")
 
@@ -87,12 +88,12 @@ class ForwardGraph:
         self.addresses = forward.addresses()
         self.inputs = {name: value.clone() for name, value in given.items()}
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream(priority=FIRST)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward(**self.inputs)  # compiles what compiles on first use
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.velocity = forward(**self.inputs)
 
     def run(self, given: Mapping[str, Tensor]) -> Tensor:
