@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from msgspec.structs import asdict, replace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...weight_sync import Source, SyncPlan, UpdateReport, WeightSession
 from ..config import EngineConfig
-from ..engine import Engine
+from ..engine import Engine, SleepTag
 from ..env import read_toggles
 from ..errors import ConfigError, RequestError, UnsupportedError
 from ..kernel_names import read_kernel_names
@@ -268,6 +268,15 @@ class DiffusionEngine(Engine):
             scale = params.true_cfg_scale or 1.0
             cfg = scale, params.true_cfg_scale_2 or scale
         return self.rollouts.plan(params, self.rollouts.family.guidance(params), cfg)
+
+    def sleep(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
+        """As `Engine.sleep`; with the weights go the CUDA graphs that read them."""
+        self._check_tags(tags)
+        if "weights" in tags:
+            with self._turns.gate.visit():
+                for transformer in self.transformers.values():
+                    transformer.forget_graphs()
+        super().sleep(tags)
 
     def pause(self, mode: Literal["keep"] = "keep") -> None:
         """Stop between two batches of samples, until `resume`; returns once none is under way.

@@ -123,7 +123,12 @@ class Transformer:
         """Compute forwards in few launches where that can be (see `gpu/forward.py`); as CUDA graphs if `graphs`."""
         from .gpu.forward import FusedForward
 
-        self._fused = FusedForward(self.module, self.linears, graphs=graphs)
+        self._fused = FusedForward(self.module, self.linears, [*self.slots, *self.twins.values()], graphs=graphs)
+
+    def forget_graphs(self) -> None:
+        """Give the memory of CUDA graphs back; the next forwards capture anew."""
+        if self._fused is not None:
+            self._fused.forget_graphs()
 
     def unfused(self) -> str | None:
         """Why forwards in "quantized" go layer by layer, or None if they do not."""

@@ -115,10 +115,6 @@ class FusedFlux:
             return "activations are watched"
         return changed_part(self.module)
 
-    def addresses(self) -> tuple[int, ...]:
-        """Of everything that is packed: what a CUDA graph of this forward reads."""
-        return tuple(tensor.data_ptr() for layer in self.layers() for tensor in layer.packed.values())
-
     def _layer(self, *names: str) -> Layer:
         parent, _, first = names[0].rpartition(".")
         siblings = [first, *names[1:]]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ....quant import UnsupportedError
+from ....quant import UnsupportedError, WeightSlot
 from ..linears import Linears
 from .flux import FusedFlux
 
@@ -29,10 +29,23 @@ class FusedForward:
     are, or for every layer's input (calibration, clipping).
     """
 
-    def __init__(self, module: nn.Module, linears: Mapping[tuple[str, ...], Linears], *, graphs: bool) -> None:
-        self.module, self._linears, self._graphs_wanted = module, linears, graphs
+    def __init__(
+        self,
+        module: nn.Module,
+        linears: Mapping[tuple[str, ...], Linears],
+        slots: Sequence[WeightSlot],
+        *,
+        graphs: bool,
+    ) -> None:
+        self.module, self._linears, self._slots, self._wants_graphs = module, linears, slots, graphs
         self._made: dict[str, FusedFlux | str] = {}
         self._graphs: dict[tuple[Any, ...], ForwardGraph] = {}
+        self._pool: Any = None  # one for all graphs: nothing in it outlives a replay
+
+    def forget_graphs(self) -> None:
+        """Give their memory back."""
+        self._graphs.clear()
+        self._pool = None
 
     def __call__(self, precision: str, inputs: Mapping[str, Any]) -> Tensor | None:
         """The velocity for the keywords of a forward; None where the module's own forward must serve."""
@@ -67,25 +80,34 @@ class FusedForward:
             return str(error)
 
     def _run(self, forward: FusedFlux, precision: str, given: Mapping[str, Tensor]) -> Tensor:
-        if not self._graphs_wanted:
+        if not self._wants_graphs:
             return forward(**given)
         key = (precision, *((name, value.shape, value.dtype) for name, value in sorted(given.items())))
+        addresses = tuple(tensor.data_ptr() for slot in self._slots for tensor in slot.tensors.values())
         graph = self._graphs.get(key)
-        if graph is None or graph.addresses != forward.addresses():  # memory that it reads has moved
-            start = time.perf_counter()
-            while len(self._graphs) >= MOST_GRAPHS:
-                self._graphs.pop(next(iter(self._graphs)))
-            graph = self._graphs[key] = ForwardGraph(forward, given)
-            shape = tuple(given["hidden_states"].shape)
-            log.info("captured a forward in %s for latents %s in %.1f s", precision, shape, time.perf_counter() - start)
+        if graph is None or graph.addresses != addresses:  # what it reads has moved
+            graph = self._graphs[key] = self._capture(forward, precision, given, addresses)
         return graph.run(given)
+
+    def _capture(
+        self, forward: FusedFlux, precision: str, given: Mapping[str, Tensor], addresses: tuple[int, ...]
+    ) -> ForwardGraph:
+        start = time.perf_counter()
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.pop(next(iter(self._graphs)))
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = ForwardGraph(forward, given, addresses, self._pool)
+        shape = list(given["hidden_states"].shape)
+        log.info("captured a forward in %s, latents %s, in %.1f s", precision, shape, time.perf_counter() - start)
+        return graph
 
 
 class ForwardGraph:
     """One precision and shape. Swaps write packed tensors in place: it stays valid."""
 
-    def __init__(self, forward: FusedFlux, given: Mapping[str, Tensor]) -> None:
-        self.addresses = forward.addresses()
+    def __init__(self, forward: FusedFlux, given: Mapping[str, Tensor], addresses: tuple[int, ...], pool: Any) -> None:
+        self.addresses = addresses
         self.inputs = {name: value.clone() for name, value in given.items()}
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(priority=FIRST)
@@ -93,7 +115,7 @@ class ForwardGraph:
         with torch.cuda.stream(stream):
             forward(**self.inputs)  # compiles what compiles on first use
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.velocity = forward(**self.inputs)
 
     def run(self, given: Mapping[str, Tensor]) -> Tensor:

@@ -33,16 +33,20 @@ class Layer:
             raise UnsupportedError(what, [f"the rows of {', '.join(names)} do not lie in one packed weight"])
         if siblings.scheme.activation not in ("none", "per_token"):
             raise UnsupportedError(what, [f"its activation scales are {siblings.scheme.activation}, not per_token"])
+        self.reads_codes = isinstance(kernel, TorchFP8Kernel)
+        if isinstance(kernel, TorchFP8Kernel) and kernel.padded != kernel.shape.matrix:
+            raise UnsupportedError(what, [f"its weight {list(kernel.shape.matrix)} is padded to multiples of 16"])
         self.slot, self.kernel = siblings.slot, kernel
         self.packed = siblings.packed(0) if len(names) == 1 else siblings.slot.tensors
         self.bias = _side_by_side(linears[names].biases, what)
-        self.reads_codes = isinstance(kernel, TorchFP8Kernel)
         self.num_rows: int = kernel.shape.num_rows
         self.is_plain = isinstance(kernel, PlainKernel) and self.bias is not None
 
     def __call__(self, x: Activations, out: Tensor | None = None) -> Tensor:
         """x [num_tokens, in_features] -> BF16 [num_tokens, num_rows], written to `out` where it is given."""
         if self.reads_codes:
+            assert x.codes is not None
+            assert x.scale is not None
             return self.kernel.multiply(x.codes, x.scale, self.packed, self.bias, out, fast=True)
         assert x.rows is not None
         if out is None:
