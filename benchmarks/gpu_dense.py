@@ -4,6 +4,8 @@
 
 A figure is the geometric mean over the shapes; the note has them one by one. Limit: the bytes of the packed weight and
 of both activations at the rate of a copy, or the multiplications at the GPU's measured peak, whichever takes longer.
+`fp8_product` starts from codes, as its peers do; `fp8_one_road` takes the kernel of few tokens for any number of them,
+so that a row has the same bits in any batch.
 `--sweep` times tiles, to fill the kernels' tables.
 """
 
@@ -21,10 +23,12 @@ from gpu_quantize import copy_rate, graphed
 from record import Result, make_result, save
 from torch import Tensor
 
-from rollmill.quant import FP8, NVFP4, Scheme, WeightShape, find_capability, select_kernel
+from rollmill.quant import FP8, NVFP4, FP8Rows, Scheme, WeightShape, find_capability, select_kernel
 from rollmill.quant.gpu import nvfp4_gemm
+from rollmill.quant.gpu.fp8_gemm import few_tokens
 from rollmill.quant.gpu.nvfp4_gemm import Tile
 from rollmill.quant.gpu.quantize import nvfp4_products, quantize_fp8
+from rollmill.quant.kernels.triton_fp8 import TritonFP8Kernel
 
 SHAPES = {  # rows of the weight, columns
     "30B-A3B qkv": (5120, 2048),
@@ -38,13 +42,14 @@ SHAPES = {  # rows of the weight, columns
     "8B down": (4096, 14336),
 }
 SCHEMES: dict[str, tuple[str, Scheme]] = {  # name -> kernel, scheme
-    "fp8": ("torch_fp8", FP8(per_channel=True)),
+    "fp8": ("triton_fp8", FP8(per_channel=True)),
     "nvfp4": ("triton_nvfp4", NVFP4(activation="none")),
     "nvfp4_twin": ("triton_nvfp4", NVFP4()),
     "nvfp4_exact": ("exact", NVFP4(activation="none")),
 }
 PEAK = {"fp8": 1347e12, "nvfp4": 733e12}  # measured on this GPU: `_scaled_mm` and BF16 products of 8192^3
-BATCHES = (1, 16, 64, 256, 1024, 4096)
+BATCHES = (1, 16, 64, 256, 1024, 4096, 16384)
+PEERS = {"_scaled_mm": "torch._scaled_mm", "sgl_kernel": "sgl_kernel.fp8_scaled_mm"}
 L2 = 120e6  # bytes of copies that are read in turn
 
 
@@ -97,35 +102,65 @@ def bench() -> None:
             value, limit = mean([micros for _, micros, _ in rows]), mean([limit for _, _, limit in rows])
             results.append(make_result(f"dense_{name}_m{tokens}_us", value, "us", limit=limit, note=each))
             print(results[-1].name, f"{value:.1f} us, limit {limit:.1f};", each, flush=True)
-    save("gpu_dense", results)
-    parts()
+    save("gpu_dense", [*results, *parts()])
 
 
 def mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def parts() -> None:
-    """What the whole of a linear is made of: the library's product alone, BF16's, the quantizers."""
-    for (shape_name, shape), tokens in itertools.product(SHAPES.items(), BATCHES):
-        times = {key: graphed(calls, 9) * 1e6 for key, calls in part_calls(tokens, *shape).items()}
-        print(shape_name, tokens, ", ".join(f"{key} {micros:.1f}" for key, micros in times.items()), flush=True)
+def parts() -> list[Result]:
+    """What the whole of a linear is made of: products alone, BF16's, the quantizers."""
+    results = []
+    for tokens in BATCHES:
+        found: dict[str, list[float]] = {}
+        for shape_name, shape in SHAPES.items():
+            times = {key: graphed(calls, 9) * 1e6 for key, calls in part_calls(tokens, *shape).items()}
+            print(shape_name, tokens, ", ".join(f"{key} {micros:.1f}" for key, micros in times.items()), flush=True)
+            for key, micros in times.items():
+                found.setdefault(key, []).append(micros)
+        results += part_results(tokens, found)
+    return results
+
+
+def part_results(tokens: int, found: dict[str, list[float]]) -> list[Result]:
+    """Geometric means over the shapes; `fp8_product` beside every peer that is there."""
+    notes = {
+        key: ", ".join(f"{shape} {micros:.1f}" for shape, micros in zip(SHAPES, each, strict=True))
+        for key, each in found.items()
+    }
+    ours = mean(found["fp8_product"])
+    results = [
+        make_result(f"dense_fp8_product_m{tokens}_{key.strip('_')}_us", ours, "us", peer=mean(found[key]),
+                    peer_name=peer, note=f"{notes['fp8_product']}; peer: {notes[key]}")
+        for key, peer in PEERS.items() if key in found
+    ]  # fmt: skip
+    for key in ("fp8_one_road", "bf16", "quantize_fp8", "quantize_nvfp4"):
+        if key in found:
+            results.append(make_result(f"dense_{key}_m{tokens}_us", mean(found[key]), "us", note=notes[key]))
+    return results
 
 
 def part_calls(tokens: int, rows: int, cols: int) -> dict[str, list[Callable[[], object]]]:
     x, w = tokens_of(tokens, cols), tokens_of(rows, cols)
     codes, scale = quantize_fp8(x)
     weights, row_scale = copies_of(w.to(torch.float8_e4m3fn)), torch.ones(1, rows, device="cuda")
+    kernel = fp8_kernel(rows, cols)
 
     def scaled_mm(w: Tensor) -> Tensor:
         scaled = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
         return scaled(codes, w.t(), scale_a=scale[:, None], scale_b=row_scale, out_dtype=torch.bfloat16)
 
+    def product(w: Tensor) -> Tensor:
+        return kernel.multiply(FP8Rows(codes, scale), {"weight": w, "row_scale": row_scale})
+
     calls: dict[str, list[Callable[[], object]]] = {
+        "fp8_product": [lambda w=w: product(w) for w in weights],
         "_scaled_mm": [lambda w=w: scaled_mm(w) for w in weights],
-        "BF16": [lambda w=w: x @ w.t() for w in copies_of(w)],
-        "quantize FP8": [lambda: quantize_fp8(x)] * 8,
-        "quantize NVFP4": [lambda: nvfp4_products(x)] * 8,
+        "bf16": [lambda w=w: x @ w.t() for w in copies_of(w)],
+        "quantize_fp8": [lambda: quantize_fp8(x)] * 8,
+        "quantize_nvfp4": [lambda: nvfp4_products(x)] * 8,
+        "fp8_one_road": [lambda w=w: few_tokens(codes, scale, w, row_scale[0], rows) for w in weights],
     }
     if find_spec("sgl_kernel"):
         from sgl_kernel import fp8_scaled_mm
@@ -133,6 +168,10 @@ def part_calls(tokens: int, rows: int, cols: int) -> dict[str, list[Callable[[],
         scales = scale[:, None], row_scale[0]
         calls["sgl_kernel"] = [lambda w=w: fp8_scaled_mm(codes, w.t(), *scales, torch.bfloat16) for w in weights]
     return calls
+
+
+def fp8_kernel(rows: int, cols: int) -> TritonFP8Kernel:
+    return TritonFP8Kernel(FP8(per_channel=True), WeightShape((rows,), cols), torch.bfloat16, find_capability("cuda"))
 
 
 def copies_of(weight: Tensor) -> list[Tensor]:

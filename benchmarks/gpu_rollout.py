@@ -1,15 +1,17 @@
 """Rollouts of Qwen3-30B-A3B's shape on one GPU, random weights: output tokens a second, 512 in and 512 out.
 
-    python benchmarks/gpu_rollout.py [--quant fp8 nvfp4_w4a16] [--batch 1 32 256] [--layers 48] [--profile]
+    python benchmarks/gpu_rollout.py [--quant fp8_channel nvfp4_w4a16] [--kv fp8] [--batch 1 32 256] [--profile]
 
-Sampled-token log-probs are returned. 256 is 64 prompts x 4. Peers (measured on another day on the same kind of machine,
-SGLang 0.5.12.post1 and vLLM 0.22.0, default FP8 tiles) stand beside it.
+Sampled-token log-probs are returned. 256 is 64 prompts x 4. The KV cache has as many tokens as fit beside the weights
+into 88 % of the GPU's memory, as the peers' had. Peers (measured on another day on the same kind of machine, SGLang
+0.5.12.post1 and vLLM 0.22.0, default FP8 tiles, BF16 keys and values) stand beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from random_model import QWEN3_30B_A3B, use_random_weights
 from record import Result, make_result, save
 
 from rollmill.engine import Engine, EngineConfig, SamplingParams
+from rollmill.engine.step_profile import profile_steps
 
 PEERS = {  # output tokens/s: the better of the two
     ("bf16", 1): 209, ("bf16", 32): 1500, ("bf16", 256): 6454,
@@ -27,6 +30,19 @@ PEERS = {  # output tokens/s: the better of the two
     ("nvfp4_w4a16", 1): 210, ("nvfp4_w4a16", 32): 2563, ("nvfp4_w4a16", 256): 10015,
 }  # fmt: skip
 NAMES = {"fp8_channel": "fp8"}
+WEIGHTS_GIB = {"bf16": 56.9, "fp8_channel": 29.2, "nvfp4_w4a16": 17.0, "nvfp4": 17.0}  # of the whole shape
+PEER_KV_TOKENS = {"fp8_channel": 432_709, "nvfp4_w4a16": 556_368}  # SGLang's and vLLM's
+MEMORY_FRACTION = 0.88
+KV_VALUES = 48 * 4 * 2 * 128  # of one token: layers, heads, k and v
+ROUTED_BYTES = 48 * 8 * 2
+
+
+def kv_tokens(quant: str, kv: str, layers: int) -> int:
+    """Tokens of keys and values that fit beside the weights."""
+    share = layers / 48
+    total = torch.cuda.get_device_properties(0).total_memory * MEMORY_FRACTION - WEIGHTS_GIB[quant] * 2**30 * share
+    tokens = total / ((KV_VALUES * (1 if kv == "fp8" else 2) + ROUTED_BYTES) * share)
+    return int(tokens) // 1000 * 1000
 
 
 def rollout(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, list[Any]]:
@@ -51,14 +67,14 @@ def measure(engine: Any, quant: str, batch: int, arguments: argparse.Namespace) 
         assert all(len(out.token_ids) == arguments.new for out in outs)
         assert all(bool((out.logprobs <= 0).all()) for out in outs)
         runs.append(batch * arguments.new / seconds)
-    best = sorted(runs)[len(runs) // 2]
+    best = statistics.median(runs)
     decode = (batch * (arguments.new - 1)) / (batch * arguments.new / best - first)
     peer = PEERS.get((quant, batch))
     beside = "" if peer is None else f", peer {peer} ({best / peer:.2f} x)"
     print(f"{quant} {batch}: {best:.0f} tok/s (decode {decode:.0f}; first token {first:.2f} s){beside}", flush=True)
     note = f"decode only {decode:.0f}; {arguments.prompt} in, {arguments.new} out; runs {[round(r) for r in runs]}"
     return make_result(
-        f"rollout_{NAMES.get(quant, quant)}_{batch}_toks",
+        f"rollout_{NAMES.get(quant, quant)}{kv_suffix(arguments.kv)}_{batch}_toks",
         best,
         "tok/s",
         peer=peer,
@@ -67,21 +83,36 @@ def measure(engine: Any, quant: str, batch: int, arguments: argparse.Namespace) 
     )
 
 
-def profile(engine: Any, batch: int) -> None:
-    """Where a decoding step goes: GPU time by kernel, and the share of the wall."""
-    from torch.profiler import ProfilerActivity, profile as torch_profile
+def kv_suffix(kv: str) -> str:
+    return "_kv8" if kv == "fp8" else ""
 
-    rollout(engine, batch, 64, 4)
-    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
-        seconds, _ = rollout(engine, batch, 64, 24)
-    busy = sum(event.self_device_time_total for event in prof.key_averages()) / 1e6
-    print(f"profile, {batch} requests: {seconds:.3f} s of wall, {busy:.3f} s of kernels")
-    print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=70))
+
+def kv_result(quant: str, kv: str, tokens: int, gib: float) -> Result:
+    return make_result(
+        f"kv_tokens_{NAMES.get(quant, quant)}{kv_suffix(kv)}",
+        tokens,
+        "tokens",
+        peer=PEER_KV_TOKENS.get(quant) if kv == "auto" else None,
+        peer_name="SGLang (FP8), vLLM (NVFP4), another day",
+        note=f"served the rollouts above; {gib:.1f} GiB after opening, weights and buffers included",
+    )
+
+
+def profile(engine: Any, batch: int, prompt_tokens: int) -> None:
+    """Where decoding goes, the prefill (cached, but for a page) included: milliseconds a step by kind of kernel."""
+    steps = 65
+    rollout(engine, batch, prompt_tokens, 4)
+    spent = profile_steps(lambda: rollout(engine, batch, prompt_tokens, steps), torch.device("cuda"))
+    kinds = ", ".join(f"{kind} {1e3 * seconds / steps:.2f}" for kind, seconds in spent.by_kind.items())
+    print(f"  {batch} requests, ms a step of {1e3 * spent.seconds / steps:.2f} (profiled): {kinds}")
+    for name, seconds in spent.largest[:16]:
+        print(f"    {1e6 * seconds / steps:9.1f} us  {name[:100]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quant", nargs="+", default=["fp8_channel", "nvfp4_w4a16"])
+    parser.add_argument("--kv", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32, 256])
     parser.add_argument("--layers", type=int, default=QWEN3_30B_A3B["num_hidden_layers"])
     parser.add_argument("--prompt", type=int, default=512)
@@ -95,17 +126,26 @@ def main() -> None:
         use_random_weights(Path(folder), num_hidden_layers=arguments.layers)
         for quant in arguments.quant:
             start = time.perf_counter()
-            tokens = max(arguments.batch) * (arguments.prompt + arguments.new + 32)
+            tokens = kv_tokens(quant, arguments.kv, arguments.layers)
             config = EngineConfig(
-                quant=quant, device="cuda", max_step_tokens=8192, kv_cache_tokens=max(tokens, 40960), swap="streamed"
+                quant=quant,
+                device="cuda",
+                max_step_tokens=8192,
+                kv_cache_tokens=tokens,
+                kv_cache_dtype=arguments.kv,
+                swap="streamed",
             )
             with Engine(folder, config) as engine:
                 gib = torch.cuda.memory_allocated() / 2**30
-                print(f"{quant}: open in {time.perf_counter() - start:.1f} s, {gib:.1f} GiB", flush=True)
+                seconds = time.perf_counter() - start
+                print(
+                    f"{quant}, KV {arguments.kv}: open in {seconds:.1f} s, {gib:.1f} GiB, {tokens} tokens", flush=True
+                )
                 for batch in arguments.batch:
                     results.append(measure(engine, quant, batch, arguments))
-                if arguments.profile:
-                    profile(engine, 32)
+                    if arguments.profile:
+                        profile(engine, batch, arguments.prompt)
+                results.append(kv_result(quant, arguments.kv, tokens, gib))
             del engine
             torch.cuda.empty_cache()
     if not arguments.no_save:

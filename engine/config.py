@@ -109,14 +109,18 @@ class EngineConfig(Settings, frozen=True):
     `quant` None: as the checkpoint says. `activation` None: the checkpoint's static scales where it has them, else
     per token. `keep`: patterns (whole dotted names, `*`) of modules that stay in BF16; None: `lm_head` and routers
     where BF16 weights are quantized, and what the checkpoint keeps where they come quantized. `swap`: "staged" builds a
-    second packed copy and swaps atomically; "streamed" keeps none, a failure poisons the engine. `master`: "host" keeps
-    the BF16 weights that came in, two bytes a parameter, for `update_lora`, `quantization_error` and `wake`.
+    second packed copy and swaps atomically; "host" writes in place while generation is paused, and puts back what a
+    failed swap has overwritten from a copy in (pinned) host memory; "streamed" keeps no copy, a failure poisons the
+    engine. `master`: "host" keeps the BF16 weights that came in, two bytes a parameter, for `update_lora`,
+    `quantization_error` and `wake`.
 
     Language models: `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one
     step, so that long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what
-    `max_batch_size` sequences can need, 2 GiB at the most); `prefix_cache`: reuse keys and values of equal beginnings;
-    `attention`: "auto" takes FlashInfer's on a GPU that has it; `cuda_graphs`: decoding steps as CUDA graphs, there
-    (and forwards of diffusion transformers that have fused kernels).
+    `max_batch_size` sequences can need, 2 GiB at the most); `kv_cache_dtype`: "fp8" keeps them in E4M3 with the
+    checkpoint's scales, or 1 where it has none ("auto": as the checkpoint says, else in `dtype`); `prefix_cache`:
+    reuse keys and values of equal beginnings; `attention`: "auto" takes FlashInfer's on a GPU that has it;
+    `cuda_graphs`: decoding steps as CUDA graphs, there (and forwards of diffusion transformers that have fused
+    kernels); `overlap`: launch a step before the host has read the tokens of the one before (None: on a GPU).
     Diffusion transformers: `dual`: "bf16" keeps a BF16 copy of the quantized layers beside them, for two precisions in
     one rollout and for `replay`; `max_denoise_batch`: samples that are denoised together; `base`: folder or hub id of
     the pipeline that brings what a file of transformer weights lacks; `layout`: how a file of NVFP4 weights lies,
@@ -139,7 +143,9 @@ class EngineConfig(Settings, frozen=True):
     max_step_tokens: int = 2048
     attention: Literal["auto", "torch", "flashinfer"] = "auto"
     cuda_graphs: bool = True
+    overlap: bool | None = None
     kv_cache_tokens: int | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     prefix_cache: bool = True
     dual: Literal["bf16"] | None = None
     max_denoise_batch: int = 8
@@ -231,10 +237,9 @@ class SamplingParams(Settings, frozen=True):
     @property
     def changes_logits(self) -> bool:
         """Whether bias, allowed tokens or penalties shape the logits."""
-        return (
-            self.allowed_token_ids is not None
-            or bool(self.logit_bias)
-            or self.repetition_penalty != 1
-            or self.frequency_penalty != 0
-            or self.presence_penalty != 0
-        )
+        return self.allowed_token_ids is not None or bool(self.logit_bias) or self.penalizes
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were drawn shape the logits."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,13 +12,15 @@ import msgspec
 import torch
 
 from ..quant import Capability, UnsupportedError, WeightSlot, clipping_shares, find_capability
-from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession
+from ..weight_sync import Policy, Source, SyncPlan, UpdateReport, WeightSession, staging_shortage
 from .checkpoint import is_diffusers
 from .config import EngineConfig
 from .env import pin_nvfp4_recipe
 from .errors import ClosedError, RequestError
 from .prewarm import prewarm
 from .step_gate import StepGate
+
+log = logging.getLogger("rollmill")
 
 SleepTag = Literal["weights", "kv_cache"]
 
@@ -53,6 +56,14 @@ class Engine:
         report = self._policy.update(source, None)
         self.load_report = msgspec.structs.replace(report, warnings=(*warnings, *report.warnings))
         self.self_checks = prewarm(plan.slots, checked_tokens)
+
+    def _warn_of_shortage(self) -> None:
+        """With all of its memory taken: tell if swaps will find none."""
+        shortage = staging_shortage(self._policy.plan.slots, self.config.swap)
+        if shortage is not None:
+            log.warning("%s", shortage)
+            warnings = (*self.load_report.warnings, shortage)
+            self.load_report = msgspec.structs.replace(self.load_report, warnings=warnings)
 
     def generate(self, prompts: Any, params: Any = None) -> list[Any]:
         """Sample from the policy: `LanguageEngine.generate`, `DiffusionEngine.generate`."""
@@ -170,6 +181,7 @@ class Engine:
             "asleep": self._asleep_tags(),
             **self._more_info(),
             "master_bytes": self._policy.master_bytes,
+            "mirror_bytes": self._policy.mirror_bytes,
             "warnings": list(self.load_report.warnings),
         }
 

@@ -136,7 +136,8 @@ def _products_of(path: str | Path, config: EngineConfig) -> Iterator[Product]:
     checkpoint = Checkpoint(path)
     resolver = SchemeResolver(config, checkpoint.quant_plan(), checkpoint.tensor_names, read_toggles())
     parts = Parts(resolver, nowhere, torch.float32, KernelNames("reference", "reference"))
-    model = Decoder(checkpoint.read_config(find_family(checkpoint.architectures)), parts, resolver.plan.kv_cache)
+    stored = None if resolver.plan.kv_cache is None else "stored"
+    model = Decoder(checkpoint.read_config(find_family(checkpoint.architectures)), parts, stored)
     experts = [layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, SparseMLP)]
     of_experts = {slot for layer in experts for slot in layer.slots}
     for slot in model.slots:

@@ -3,7 +3,7 @@
 from .activation import gated_activation
 from .config import MoeConfig
 from .experts import RoutedExperts
-from .routing import route, sigmoid
+from .routing import route, router_logits, sigmoid
 from .runner import MOE_RUNNERS, MoeRunner, judge_runners, select_runner
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "gated_activation",
     "judge_runners",
     "route",
+    "router_logits",
     "select_runner",
     "sigmoid",
 ]

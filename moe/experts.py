@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..quant import Capability, JoinedLayout, Plain, Scheme, WeightShape, WeightSlot
+from ..quant import Capability, FP8Rows, JoinedLayout, Plain, Scheme, WeightShape, WeightSlot, values_of
 from ..quant.kernels.plain import PlainKernel
 from .config import MoeConfig
 from .routing import route
-from .runner import RoutingRunner, select_runner
+from .runner import CodesRunner, RoutingRunner, select_runner
 
 
 class RoutedExperts:
@@ -80,17 +80,26 @@ class RoutedExperts:
     def slots(self) -> list[WeightSlot]:
         return [self.w13, self.w2, *self.biases]
 
-    def dispatch(self, x: Tensor, logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def takes_codes(self) -> bool:
+        """Whether x may come as `FP8Rows` with values: not while a meter looks at them."""
+        return self.runner.takes_codes and self.w13.meter is None
+
+    def dispatch(self, x: Tensor | FP8Rows, logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [num_tokens, hidden_size], router logits [num_tokens, num_experts], bias of the choice or None ->
         [num_tokens, hidden_size], and the ids of the chosen experts [num_tokens, top_k]."""
         if not self.runner.routes:
             ids, weights = route(logits, self.config, bias)
             return self(x, ids, weights), ids
+        x = values_of(x)
         self.w13.watch(x)
         return cast(RoutingRunner, self.runner).apply_logits(x, logits, bias, *self._served)
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor) -> Tensor:
         """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size]."""
+        if isinstance(x, FP8Rows) and self.takes_codes:
+            return cast(CodesRunner, self.runner).apply_codes(x, ids, weights, *self._served)
+        x = values_of(x)
         self.w13.watch(x)
         return self.runner.apply(x, ids, weights, *self._served)
 

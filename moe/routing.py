@@ -1,12 +1,25 @@
-"""Which experts a token goes to: the reference routers, and a kernel for the plain softmax on a GPU."""
+"""Which experts a token goes to: the reference routers, and kernels for few tokens and the plain softmax on a GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..quant import matmul
 from ..quant.scheme import has_kernels
 from .config import MoeConfig
+
+FEW_TOKENS = 64  # that the router's own kernel takes: benchmarks/NOTES.md
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [num_tokens, hidden_size] times weight [num_experts, hidden_size] transposed, plus bias, in x's dtype."""
+    few = len(x) <= FEW_TOKENS and bias is None and x.dtype == weight.dtype == torch.bfloat16
+    if few and has_kernels(x):
+        from .gpu.router import multiply_router
+
+        return multiply_router(x, weight)
+    return matmul(x, weight, bias)
 
 
 def route(logits: Tensor, config: MoeConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..quant import Capability, Scheme, UnsupportedError, WeightShape
+from ..quant import Capability, FP8Rows, Scheme, UnsupportedError, WeightShape
 from ..quant.kernel import log_choice
 from ..quant.slot import Packer
 from .config import MoeConfig
@@ -28,13 +28,14 @@ class MoeRunner(Protocol):
 
     With `shows_w2` it shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections; the layer
     sees that of w13. With `routes` it chooses the experts itself: it has `apply_logits` in place of `apply`.
-    `capturable`: in a CUDA graph, since it asks nothing of the host.
+    `capturable`: in a CUDA graph, since it asks nothing of the host. With `takes_codes` it has `apply_codes` too.
     """
 
     name: ClassVar[str]
     routes: ClassVar[bool]
     shows_w2: ClassVar[bool]
     capturable: ClassVar[bool]
+    takes_codes: bool
     watch_w2: Callable[[Tensor], None]
 
     @property
@@ -72,6 +73,16 @@ class RoutingRunner(MoeRunner, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """x [num_tokens, hidden_size], logits [num_tokens, num_experts], bias of the choice float32 [num_experts] or
         None -> [num_tokens, hidden_size], and the chosen experts int16 [num_tokens, top_k]."""
+        ...
+
+
+class CodesRunner(MoeRunner, Protocol):
+    """A runner that can be given x quantized: FP8 per token."""
+
+    def apply_codes(
+        self, x: FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> Tensor:
+        """What `apply` computes, from codes on."""
         ...
 
 

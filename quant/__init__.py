@@ -2,6 +2,7 @@
 
 from .device import Capability, describe_device, find_capability
 from .errors import ConfigError, ModelError, RollmillError, UnsupportedError
+from .fp8_rows import FP8Rows, Reads, values_of
 from .kernel import LINEAR_KERNELS, LinearKernel, judge_kernels, select_kernel
 from .kernels.flashinfer_fp4 import FP4_BACKENDS
 from .kernels.gemm import matmul
@@ -35,6 +36,7 @@ __all__ = [
     "Capability",
     "ClippingMeter",
     "ConfigError",
+    "FP8Rows",
     "JoinedLayout",
     "LinearKernel",
     "ModelError",
@@ -42,6 +44,7 @@ __all__ = [
     "QuantLinear",
     "QuantName",
     "QuantPlan",
+    "Reads",
     "RollmillError",
     "Scheme",
     "SiblingLinears",
@@ -60,4 +63,5 @@ __all__ = [
     "read_quant_plan",
     "reset_clipping",
     "select_kernel",
+    "values_of",
 ]

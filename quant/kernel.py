@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .device import Capability
 from .errors import UnsupportedError
+from .fp8_rows import FP8Rows
 from .kernels.exact import ExactKernel
 from .kernels.flashinfer_fp4 import FP4_BACKENDS
 from .kernels.flashinfer_fp8 import FlashInferFP8
 from .kernels.plain import PlainKernel
 from .kernels.reference import ReferenceKernel
 from .kernels.torch_fp8 import TorchFP8Kernel, TorchFP8WeightOnly
+from .kernels.triton_fp8 import TritonFP8Kernel
 from .kernels.triton_nvfp4 import TritonNVFP4Kernel
 from .scheme import Plain, Scheme, Stored, TensorSpec, WeightShape
 
@@ -57,9 +59,24 @@ class LinearKernel(Protocol):
         ...
 
 
+@runtime_checkable
+class CodesKernel(Protocol):
+    """A linear kernel that can be given FP8 codes in place of BF16."""
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether `multiply` computes this layer: its activations are quantized per token."""
+        ...
+
+    def multiply(self, rows: FP8Rows, packed: Stored, bias: Tensor | None = None) -> Tensor:
+        """What `apply` computes, from codes on."""
+        ...
+
+
 LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (
     PlainKernel,
     *FP4_BACKENDS.values(),
+    TritonFP8Kernel,
     TorchFP8Kernel,
     FlashInferFP8,
     TritonNVFP4Kernel,
@@ -68,13 +85,16 @@ LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (
 )
 
 # What multiplies the packed weights of a kernel with activations as they are, where it does not do so itself.
-WEIGHT_ONLY: dict[type[LinearKernel], type[LinearKernel]] = {TorchFP8Kernel: TorchFP8WeightOnly}
+WEIGHT_ONLY: dict[type[LinearKernel], type[LinearKernel]] = {
+    TorchFP8Kernel: TorchFP8WeightOnly,
+    TritonFP8Kernel: TorchFP8WeightOnly,
+}
 
 # What `auto` walks for quantized layers. float32 is the arithmetic of proofs: `exact` sums in another order than a
 # fake-quantized trainer, which flips a rounding tie now and then. On a CPU `_scaled_mm` is some 40 times slower.
 PROOF_ORDER = ("reference",)
 CPU_ORDER = ("exact", "reference")
-GPU_ORDER = ("torch_fp8", "triton_nvfp4", "exact", "reference")
+GPU_ORDER = ("triton_fp8", "torch_fp8", "triton_nvfp4", "exact", "reference")
 BLACKWELL = ("flashinfer_trtllm", "flashinfer_cute_dsl")
 IN_ORDER = ("flashinfer_auto",)
 NVFP4_ORDER = {100: BLACKWELL, 103: BLACKWELL, 107: BLACKWELL, 110: IN_ORDER, 120: IN_ORDER, 121: IN_ORDER}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .device import Capability
-from .kernel import select_kernel
+from .fp8_rows import FP8Rows, values_of
+from .kernel import CodesKernel, select_kernel
 from .kernels.plain import PlainKernel
 from .scheme import Plain, Scheme, WeightShape
 from .slot import WeightSlot
@@ -45,9 +46,18 @@ class QuantLinear:
     def slots(self) -> list[WeightSlot]:
         return [self.slot] if self.bias is None else [self.slot, self.bias]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def takes_codes(self) -> bool:
+        """Whether x may come as `FP8Rows` without values: not while a meter looks at them."""
+        return isinstance(self.kernel, CodesKernel) and self.kernel.takes_codes and self.slot.meter is None
+
+    def __call__(self, x: Tensor | FP8Rows) -> Tensor:
+        bias = None if self.bias is None else self.bias.tensors["bias"]
+        if isinstance(x, FP8Rows) and isinstance(self.kernel, CodesKernel) and self.takes_codes:
+            return self.kernel.multiply(x, self.slot.tensors, bias)
+        x = values_of(x)
         self.slot.watch(x)
-        return self.kernel.apply(x, self.slot.tensors, None if self.bias is None else self.bias.tensors["bias"])
+        return self.kernel.apply(x, self.slot.tensors, bias)
 
 
 def plain_slot(

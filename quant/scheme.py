@@ -7,6 +7,7 @@ Names per weight: `weight`, `weight_scale`, `weight_scale_2`, `input_scale`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -70,8 +71,8 @@ class WeightShape(Struct, frozen=True):
 
     def per_row(self, per_shard: Tensor) -> Tensor:
         """Spread one value a shard over the shard's rows: [..., num_shards] -> [..., num_rows]."""
-        repeats = torch.tensor(self.rows, device=per_shard.device)
-        return per_shard.repeat_interleave(repeats, dim=-1, output_size=self.num_rows)
+        shards = per_shard.split(1, dim=-1)
+        return torch.cat([s.expand(*s.shape[:-1], rows) for s, rows in zip(shards, self.rows, strict=True)], dim=-1)
 
 
 class Scheme(Protocol):
@@ -245,7 +246,12 @@ class NVFP4(Struct, frozen=True):
 
 def has_kernels(x: Tensor) -> bool:
     """Whether `quant/gpu` quantizes x: the same bytes, faster. Before sm89 there are no FP8 casts to do it with."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    return x.is_cuda and _has_fp8_casts(x.get_device())
+
+
+@cache
+def _has_fp8_casts(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def row_amax(weight: Tensor) -> Tensor:

@@ -99,14 +99,14 @@ class SiblingLinears:
         if self.capability.sm is None or len(shape.rows) == 1 or others:
             return None
         fits = self.scheme.activation != "static" and not any(rows % TILE for rows in shape.rows)
-        if kind is PlainKernel or (kind is TorchFP8Kernel and fits):
+        if kind is PlainKernel or (issubclass(kind, TorchFP8Kernel) and fits):
             return kind(self.scheme, shape, self.dtype, self.capability)
         return None
 
     def _of_shard(self, shard: int) -> dict[str, Tensor]:
         """What a shard's kernel reads."""
         if self.joined is not None:
-            return self.joined.rows(self.slot.tensors, self.slot.shape.shard_slice(shard))
+            return self.joined.rows_of(self.slot.tensors, self.slot.shape.shard_slice(shard))
         start = f"{shard}."
         return {key.removeprefix(start): t for key, t in self.slot.tensors.items() if key.startswith(start)}
 

@@ -127,7 +127,8 @@ class WeightSlot:
             if value is not self.tensors[key]:
                 self.tensors[key].copy_(value)
         for key, value in scales.items():
-            self.scales[key].copy_(value)
+            if value is not self.scales[key]:
+                self.scales[key].copy_(value)
         self.digests = dict(digests)
 
 

@@ -13,6 +13,7 @@ from .errors import (
     TransportError,
 )
 from .master import MasterPlace
+from .memory import staging_shortage
 from .messages import UpdateReport
 from .plan import SyncPlan, Target
 from .policy import INITIAL_VERSION, Policy
@@ -49,4 +50,5 @@ __all__ = [
     "WeightSession",
     "WeightSource",
     "open_source",
+    "staging_shortage",
 ]

@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..quant import FP8, NVFP4, Plain, UnsupportedError, WeightSlot
 from ..quant.scheme import has_kernels
-from .checks import is_finite
 from .clock import Clock
-from .digest import combine_units, tensor_digest, unit_digests
-from .pending import Arrival, UnitScales
+from .digest import UnitDigests, combine_stack
+from .pending import Arrival, Backlog, UnitScales
 
 
 class Assembly:
     """Quantizes units that lie side by side in one call, packs them in another, into `packed`.
 
-    `live` (streamed mode) writes into the slot's served tensors; `dry` only takes digests; `master` keeps what came
-    in BF16 on the host.
+    `live` (streamed and host mode) writes into the slot's served tensors; `dry` only takes digests; `master` keeps what
+    came in BF16 on the host.
     """
 
-    def __init__(self, slot: WeightSlot, clock: Clock, *, live: bool, dry: bool, master: bool) -> None:
-        self.slot, self.clock, self.live, self.dry, self.master = slot, clock, live, dry, master
+    def __init__(
+        self, slot: WeightSlot, clock: Clock, backlog: Backlog, *, live: bool, dry: bool, master: bool
+    ) -> None:
+        self.slot, self.clock, self.backlog = slot, clock, backlog
+        self.live, self.dry, self.master = live, dry, master
         self.primary = next(iter(slot.matrices))
-        self.finished: set[int] = set()
         self.packed: dict[str, Tensor] = {}
-        self.scales = {name: t.clone() for name, t in slot.scales.items()}
-        self._digests: dict[str, dict[int, int]] = {}
-        self._unread: list[tuple[str, range, Tensor]] = []  # digests that a GPU may still be computing
+        self.scales = dict(slot.scales)  # the served ones, until others come: `own_scale`
+        self.digests: dict[str, int] = {}  # stored tensor -> digest over all units, once read
+        self._unread: list[tuple[str, range, UnitDigests]] = []  # that a GPU may still be computing
         self._master: dict[int, Tensor] = {}
 
     def add(self, arrival: Arrival) -> None:
-        """Take complete units. What arrived is freed before it is packed; nothing is placed that is not finite."""
+        """Take complete units. On a CPU what arrived is checked first, and freed before it is packed; a GPU tells later
+        whether it was finite, and it is held until then."""
         units = arrival.units
         with self.clock("quantize"):
             stored = self._quantize(arrival)
             for key, value in stored.items():
-                self._unread.append((key, units, unit_digests(value if self.stacked else value[None])))
+                self._unread.append((key, units, self.backlog.digests.add(value if self.stacked else value[None])))
         for key in stored.keys() - self.slot.matrices.keys():
-            (self.scales[key][units.start : units.stop] if self.stacked else self.scales[key]).copy_(stored.pop(key))
-        self.finished.update(units)
+            self._keep_scale(key, units, stored.pop(key))
         if not self.dry:
             with self.clock("prepare"):
                 self._place(units, self.slot.packer.prepare(stored), borrowed=arrival.borrowed)
+
+    def _keep_scale(self, key: str, units: range, value: Tensor) -> None:
+        served = self.slot.scales[key]
+        if len(units) == self.slot.shape.num_units and value.shape == served.shape and value.device == served.device:
+            self.scales[key] = value
+        else:
+            own = self.own_scale(key)
+            (own[units.start : units.stop] if self.stacked else own).copy_(value)
+
+    def own_scale(self, key: str) -> Tensor:
+        """The scale that this session may write."""
+        if self.scales[key] is self.slot.scales[key]:
+            self.scales[key] = self.slot.scales[key].clone()
+        return self.scales[key]
 
     @property
     def stacked(self) -> bool:
@@ -50,18 +67,25 @@ class Assembly:
 
     def _quantize(self, arrival: Arrival) -> dict[str, Tensor]:
         weight, scheme = arrival.matrices.get(self.primary), self.slot.scheme
-        if weight is None or arrival.form != "bf16" or isinstance(scheme, Plain) or not has_kernels(weight):
+        later = weight is not None and has_kernels(weight)
+        if not later:
             arrival.check()
-            stored = self._stored(arrival)
-        else:  # a kernel's scales tell it
-            stored = self._stored(arrival)
-            if not all(is_finite(stored[key]) for key in stored.keys() - self.slot.matrices.keys()):
-                arrival.check()
+        stored = self._stored(arrival)
+        if later:
+            told_by_scales = arrival.form == "bf16" and not isinstance(scheme, Plain)  # a kernel's scales
+            scales = [stored[key] for key in stored.keys() - self.slot.matrices.keys()]
+            self._check_later(arrival, scales if told_by_scales else list(arrival.matrices.values()))
         if self.master and arrival.form == "bf16":
             host = arrival.matrices[self.primary].to("cpu", copy=arrival.borrowed)
             self._master.update(zip(arrival.units, host if self.stacked else (host,), strict=True))
         arrival.clear()
+        if not later:
+            arrival.release()
         return stored
+
+    def _check_later(self, arrival: Arrival, telling: Sequence[Tensor]) -> None:
+        held = 0 if arrival.borrowed else arrival.num_bytes
+        self.backlog.checks.add(telling, list(arrival.unchecked), held, arrival.release)
 
     def _stored(self, arrival: Arrival) -> dict[str, Tensor]:
         """The stored form of some units in the slot's own scheme."""
@@ -120,12 +144,25 @@ class Assembly:
         units = range(self.slot.shape.num_units)
         return [self._master[unit] for unit in units] if len(self._master) == len(units) else None
 
-    def digests(self) -> dict[str, int]:
-        """Stored tensor -> digest over all units."""
-        for key, units, values in self._unread:
-            self._digests.setdefault(key, {}).update(zip(units, values.tolist(), strict=True))
-        self._unread = []
-        digests = {key: combine_units(units) for key, units in self._digests.items()}
+    def unread(self) -> list[tuple[str, range, UnitDigests]]:
+        """(stored tensor, units, their digests) of all that has come since the last call."""
+        found, self._unread = self._unread, []
         if "input_scale" in self.scales:
-            digests["input_scale"] = tensor_digest(self.scales["input_scale"])
-        return digests
+            found.append(("input_scale", range(1), self.backlog.digests.add(self.scales["input_scale"][None])))
+        return found
+
+
+def read_digests(assemblies: Sequence[Assembly]) -> None:
+    """Set `digests` of all these, of one session, whose every unit has come; a GPU tells them in one transfer."""
+    waiting = [(assembly, *one) for assembly in assemblies for one in assembly.unread()]
+    if not waiting:
+        return
+    assemblies[0].backlog.digests.run()
+    told = (
+        torch.cat([digests.values for *_, digests in waiting]).cpu().split([len(units) for _, _, units, _ in waiting])
+    )
+    stacks: dict[tuple[Assembly, str], dict[int, Tensor]] = {}
+    for (assembly, key, units, _), values in zip(waiting, told, strict=True):
+        stacks.setdefault((assembly, key), {})[units.start] = values
+    for (assembly, key), parts in stacks.items():
+        assembly.digests[key] = combine_stack(torch.cat([parts[start] for start in sorted(parts)]))

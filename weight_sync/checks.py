@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,8 +22,12 @@ def is_finite(value: Tensor) -> bool:
     if value.dtype == torch.uint8 or not value.numel():
         return True
     if value.dtype == torch.float8_e4m3fn:
-        return bool((value.view(torch.uint8) & 0x7F).amax() < 0x7F)
+        return bool(_e4m3_is_finite(value))
     return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
+
+
+def _e4m3_is_finite(value: Tensor) -> Tensor:
+    return (value.view(torch.uint8) & 0x7F).amax() < 0x7F
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -34,3 +41,57 @@ def check_scale(name: str, value: Tensor, *, zero: bool = False) -> None:
     check_finite(name, value)
     if bool((value < 0).any()) or not zero and bool((value == 0).any()):
         raise NonFiniteError(f"{name} must be positive, got {value.min().item()}")
+
+
+def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """`is_finite` of each, in few calls and with one wait."""
+    finite, places, amax = [True] * len(tensors), list[int](), list[Tensor]()
+    for dtype in {t.dtype for t in tensors} - {torch.uint8}:
+        at = [i for i, t in enumerate(tensors) if t.dtype == dtype and t.numel()]
+        if not at:
+            continue
+        if dtype == torch.float8_e4m3fn:
+            found = [torch.where(_e4m3_is_finite(tensors[i]), 0.0, torch.inf) for i in at]
+        else:
+            found = torch._foreach_norm([tensors[i] for i in at], torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+        places += at
+        amax.append(torch.stack(found).float())
+    for i, value in zip(places, torch.cat(amax).tolist() if amax else [], strict=True):
+        finite[i] = math.isfinite(value)
+    return finite
+
+
+class FiniteChecks:
+    """Tensors that a GPU looks at all at once: asking it waits, and a wait a tensor would be slow.
+
+    Until then what they speak of is held, at the most `limit` bytes of buffers.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held = 0
+        self._telling: list[Tensor] = []
+        self._values: list[Sequence[tuple[str, Tensor]]] = []
+        self._freed: list[Callable[[], None]] = []
+
+    def add(
+        self, telling: Sequence[Tensor], values: Sequence[tuple[str, Tensor]], num_bytes: int, free: Callable[[], None]
+    ) -> None:
+        """All `values` are finite if every one of `telling` is; `free` is called once that is known."""
+        self._telling += telling
+        self._values += [values] * len(telling)
+        self._freed.append(free)
+        self._held += num_bytes
+        if self._held > self.limit:
+            self.look()
+
+    def look(self) -> None:
+        """Raise `NonFiniteError` that names what is not finite, or let go of everything."""
+        telling, values, freed = self._telling, self._values, self._freed
+        self._telling, self._values, self._freed, self._held = [], [], [], 0
+        for suspects in (v for finite, v in zip(are_finite(telling), values, strict=True) if not finite):
+            for name, value in suspects:
+                check_finite(name, value)
+            raise NonFiniteError(f"one of these holds NaN or infinity: {', '.join(name for name, _ in suspects)}")
+        for free in freed:
+            free()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -43,16 +43,64 @@ def tensor_digest(value: Tensor) -> int:
 
 def unit_digests(stack: Tensor) -> Tensor:
     """`tensor_digest` of every unit of [units, ...] as signed int64 [units]; a GPU computes it while others go on."""
-    if not has_kernels(stack):
-        return torch.tensor([signed(tensor_digest(unit)) for unit in stack], dtype=torch.int64)
-    from ..quant.gpu.word_sums import word_sums
+    queue = DigestQueue()
+    digests = queue.add(stack)
+    queue.run()
+    return digests.values
 
-    raw = stack.detach().contiguous().view(len(stack), -1).view(torch.uint8)
-    size = raw.shape[1]
-    if size % 8 or raw.data_ptr() % 8:
-        raw = F.pad(raw, (0, -size % 8)).clone()
-    sums = word_sums(raw.view(torch.int64), _word_multipliers(raw.device))
-    return sums + signed(size * LENGTH & MASK)
+
+class UnitDigests:
+    """`values`: signed int64 [units], there once the queue has run."""
+
+    values: Tensor
+
+
+class DigestQueue:
+    """Digests of the units of many stacks, which a GPU computes in one launch.
+
+    Stacks that wait are held; `add` runs the queue where they become more than `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 1 << 29) -> None:
+        self.limit = limit
+        self._held = 0
+        self._stacks: list[Tensor] = []
+        self._digests: list[UnitDigests] = []
+
+    def add(self, stack: Tensor) -> UnitDigests:
+        """Of every unit of [units, ...]; on a CPU at once."""
+        digests = UnitDigests()
+        if not has_kernels(stack):
+            digests.values = torch.tensor([signed(tensor_digest(unit)) for unit in stack], dtype=torch.int64)
+            return digests
+        self._stacks.append(stack)
+        self._digests.append(digests)
+        self._held += stack.nbytes
+        if self._held > self.limit:
+            self.run()
+        return digests
+
+    def run(self) -> None:
+        """Launch what waits."""
+        stacks, digests = self._stacks, self._digests
+        self._stacks, self._digests, self._held = [], [], 0
+        if not stacks:
+            return
+        from ..quant.gpu.word_sums import word_sums
+
+        raw = [_in_halves(stack) for stack in stacks]
+        lengths = [signed(stack.nbytes // len(stack) * LENGTH & MASK) for stack in stacks]
+        for one, values in zip(digests, word_sums(raw, _word_multipliers(raw[0].device), lengths), strict=True):
+            one.values = values
+
+
+def _in_halves(stack: Tensor) -> Tensor:
+    """The stack, or a copy of it that begins and whose units end at multiples of 4 bytes, filled up with zeros."""
+    stack = stack.detach().contiguous()
+    size = stack.nbytes // len(stack)
+    if size % 4 == 0 and stack.data_ptr() % 4 == 0:
+        return stack
+    return F.pad(stack.view(len(stack), -1).view(torch.uint8), (0, -size % 4)).clone()
 
 
 def signed(value: int) -> int:
@@ -73,13 +121,14 @@ def _rows_digest(raw: Tensor, first_row: int) -> int:
     return total
 
 
-def combine_units(unit_digests: Mapping[int, int]) -> int:
-    """One digest for a stack, whatever order its units came in; that of unit 0 if there is no other."""
-    return sum(digest * _odd(unit) for unit, digest in unit_digests.items()) & MASK
+def combine_stack(digests: Tensor) -> int:
+    """One digest of those of all units, int64 on the host: sum of digest_u * odd(u); that of unit 0 if it is alone."""
+    return int((digests * _odd_multipliers(len(digests))).sum()) & MASK  # wraps at 64 bits
 
 
-def _odd(unit: int) -> int:
-    return (unit * 0x9E3779B97F4A7C15 & MASK) | 1
+@cache
+def _odd_multipliers(count: int) -> Tensor:
+    return (torch.arange(count) * signed(LENGTH)) | 1
 
 
 def weights_digest(entries: Iterable[tuple[str, str, int]]) -> str:

@@ -48,6 +48,7 @@ class SyncPlan:
         self._twins = frozenset(self.twins.values())
         self.renames, self.ignored, self.tied = tuple(renames), dict(ignored or {}), dict(tied or {})
         self._targets: dict[str, Target] = {}
+        self._found: dict[str, Target | str] = {}  # by name as it came: trainers send the same names every time
         for slot in self.addressed:
             self._add(slot)
 
@@ -59,6 +60,15 @@ class SyncPlan:
         for module in slot.fused:  # transformers names stacked experts without `.weight`
             name = f"{module}.{tensor}" if slot.shape.units is None else module
             self._targets[name] = Target(slot, tensor, None, None, slot.joined)
+
+    def find(self, name: str) -> Target | str | None:
+        """`resolve`, or the reason for which a tensor of this name is ignored; remembers what it found."""
+        found = self._found.get(name)
+        if found is None:
+            found = self.why_ignored(name) or self.resolve(name)
+            if found is not None:
+                self._found[name] = found
+        return found
 
     def resolve(self, name: str) -> Target | None:
         """The target of an incoming tensor, or None for an unknown name."""

@@ -23,7 +23,7 @@ class Policy(ServedWeights):
     """One policy of one engine; `mode` says how it swaps, `master` whether the BF16 that came in is kept."""
 
     def __init__(self, plan: SyncPlan, mode: SwapMode = "staged", master: MasterPlace | None = None) -> None:
-        super().__init__(plan, None if master is None else Master())
+        super().__init__(plan, None if master is None else Master(), mirrored=mode == "host")
         self.mode: SwapMode = mode
         self._lock = threading.RLock()  # one thread at a time opens a session, or sleeps, or wakes
         self._slept_version: str | None = None
@@ -69,7 +69,7 @@ class Policy(ServedWeights):
     def _mode_for(self, version: str) -> SessionMode:
         if self.version is None:
             return "streamed"  # nothing is served: no copy to keep
-        if version == self.version and self.mode == "streamed":
+        if version == self.version and self.mode != "staged":
             return "dry"  # an equal version must hold equal bytes: look, do not write
         return self.mode
 
@@ -149,6 +149,7 @@ class Policy(ServedWeights):
             reasons = [why for slot in self.plan.slots if (why := slot.unreleasable()) is not None]
             if reasons:
                 raise UnsupportedError("these weights cannot be put to sleep", reasons)
+            self.settle()
             with self.commit_gate():
                 self._slept_version, self.version, self.state = self.version, None, "asleep"
                 self._release()

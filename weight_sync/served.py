@@ -6,22 +6,31 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import torch
+
 from .digest import weights_digest
 from .errors import AsleepError, PoisonedError
 from .master import Master
+from .mirror import Mirror
 from .plan import SyncPlan
+from .side_stream import SideStream
+
+CPU = torch.device("cpu")
 
 
 class ServedWeights:
     """State that sessions change. `version` is None before the first load, while `poisoned` tells of a streamed
     swap or a commit that ended half-way, and from sleep to the next full swap; `open_version` is that of the one
     session under way. Served bytes change inside `commit_gate()`: whoever decodes holds the same lock for a step.
-    `on_flip` are called inside it, after the version has flipped; one that raises poisons.
+    `on_flip` are called inside it, after the version has flipped; one that raises poisons. `mirror`: of the packed
+    bytes, in host memory; `side`: where sessions compute on a GPU.
     """
 
-    def __init__(self, plan: SyncPlan, master: Master | None = None) -> None:
+    def __init__(self, plan: SyncPlan, master: Master | None = None, *, mirrored: bool = False) -> None:
         self.plan = plan
         self.master = master
+        self.side = SideStream(next((t.device for slot in plan.slots for t in slot.tensors.values()), CPU))
+        self.mirror = Mirror(plan.slots) if mirrored else None
         self.version: str | None = None
         self.poisoned: str | None = None
         self.open_version: str | None = None
@@ -42,8 +51,20 @@ class ServedWeights:
 
     def close(self) -> None:
         """Let the weights go."""
-        self.closed, self.plan, self.master = True, SyncPlan(()), None
+        self.settle()
+        self.closed, self.plan, self.master, self.mirror = True, SyncPlan(()), None, None
         self.commit_gate, self.on_flip = nullcontext, []
+
+    def settle(self) -> None:
+        """Wait until nobody reads the packed bytes behind the scenes."""
+        self.side.wait()
+        if self.mirror is not None:
+            self.mirror.settle()
+
+    @property
+    def mirror_bytes(self) -> int:
+        """Host memory of the mirror."""
+        return 0 if self.mirror is None else self.mirror.num_bytes
 
     @property
     def master_bytes(self) -> int:

@@ -3,77 +3,83 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, Self
 
-import torch
 from torch import Tensor
 
-from ..quant import ModelError, WeightSlot, clipping_shares, reset_clipping
-from .checks import check_finite
+from ..quant import WeightSlot, clipping_shares, reset_clipping
+from .assembly import read_digests
 from .clock import Clock
-from .digest import tensor_digest, weights_digest
-from .errors import CoverageError, SessionClosedError, StagingMemoryError, StaleVersionError
+from .digest import weights_digest
+from .errors import SessionClosedError, StaleVersionError
+from .ledger import Ledger
 from .lora import Adapter
+from .memory import naming_memory_errors
 from .messages import UpdateReport
-from .pairs import as_pair, is_whole_stack, pull, split, with_prefix
+from .pairs import as_pair, is_whole_stack, pull, split
 from .pending import Backlog, default_backlog
 from .plan import Target
 from .served import ServedWeights
 from .source import WeightSource
 from .staging import SlotStaging
 
-SwapMode = Literal["staged", "streamed"]
-SessionMode = Literal["staged", "streamed", "dry"]
+SwapMode = Literal["staged", "host", "streamed"]
+SessionMode = Literal["staged", "host", "streamed", "dry"]
 
 
 class WeightSession:
     """One swap to `version`; use it as a context manager: a clean end commits, an exception aborts.
 
     staged: packed tensors are built beside the served ones, which change at `commit` only.
-    streamed: complete units overwrite the served ones; until `commit` the policy is poisoned.
+    host: complete units overwrite the served ones; a failure puts them back from a mirror in host memory.
+    streamed: the same without a mirror: until `commit` the policy is poisoned.
     dry: nothing is kept or written but digests; `commit` tells whether the served weights are the same.
 
-    Bytes that serve change inside `served.commit_gate` only: staged, among the copies of `commit`; streamed, from the
-    first write to the end of the session. One thread drives a session; it may be another one than decodes.
+    Bytes that serve change inside `served.commit_gate` only: staged, among the copies of `commit`; host and streamed,
+    from the first write to the end of the session. One thread drives a session; it may be another one than decodes. On
+    a GPU it quantizes and packs in `served.side`, while generation goes on in its own stream.
     `prefix` ("transformer.") is put before names that come without it.
     """
 
     def __init__(self, served: ServedWeights, version: str, mode: SessionMode, *, full: bool, prefix: str = "") -> None:
-        self.served, self.version, self.mode, self.full, self.prefix = served, version, mode, full, prefix
+        self.served, self.version, self.mode = served, version, mode
         self.report: UpdateReport | None = None
         self.clock = Clock()
         self._same_version = version == served.version
         self._open = True
         self._staging: dict[WeightSlot, SlotStaging] = {}
         self._backlog: Backlog | None = None
-        self._unexpected: list[str] = []
-        self._duplicate: list[str] = []
-        self._ignored: dict[str, int] = {}
-        self._tied: dict[str, int] = {}
-        self._tensors = self._bytes_in = 0
+        self._ledger = Ledger(served.plan, prefix, full=full)
         self._clipping: dict[str, float] = {}
-        self._torn = False
         self._error: BaseException | None = None
         self._paused_since: float | None = None
         self._gate = ExitStack()
+        self._served_before = served.version
+        self._flipping = False  # master and listeners may have changed: there is no way back
+        self._borrows = False  # the GPU may still read what the sender owns
         self._adapter: Adapter | None = None  # merged weights come from the master and leave it as it is
         self._unadapted: list[str] = []
 
     # receiving
 
     def load(self, bucket: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
-        """Take (name, tensor) pairs, any names in any order; copied before this returns.
+        """Take (name, tensor) pairs, any names in any order; copied before this returns (on a GPU: in the order of the
+        caller's stream).
 
         On an error the session is aborted. Unknown and doubled names are collected and reported by `commit`.
         """
         self._check_open()
         try:
-            with self.clock("receive"):
+            with self.clock("receive"), naming_memory_errors(lambda: self._ledger.last, self.served, self.mode):
+                lazy = not isinstance(bucket, Collection)  # the next tensor may come in the memory of this one
                 for pair in bucket.items() if isinstance(bucket, Mapping) else bucket:
                     self._take(*as_pair(pair))
+                    if lazy:
+                        self._give_back()
+                self._give_back()
         except BaseException as error:
             self._error = error
             self.abort()
@@ -95,73 +101,53 @@ class WeightSession:
         self._adapter = adapter
         self.receive(self.served.master.pairs(slots, adapter))
 
+    def _give_back(self) -> None:
+        """From here on the sender may use its memory again, in the order of its stream."""
+        if self._backlog is not None:
+            self._backlog.compute_now()
+            if self._borrows:  # read in another stream: once that is known to be over
+                self._backlog.look()
+                self.served.side.wait()
+                self._borrows = False
+
     def _take(self, name: str, value: Tensor) -> None:
-        self._tensors += 1
-        self._bytes_in += value.nbytes
-        value = value.detach()
-        name = with_prefix(name, self.prefix)
-        why = self.served.plan.why_ignored(name)
-        if why is not None:
-            self._ignored[why] = self._ignored.get(why, 0) + 1
-            return
-        target = self.served.plan.resolve(name)
-        if target is None:
-            self._unexpected.append(name)
-        elif name in self.served.plan.tied:
-            check_finite(name, value)
-            self._tied[name] = tensor_digest(value.to(torch.bfloat16))
-        elif target.tensor == "input_scale" and "input_scale" not in target.slot.scales:
-            why = "activations are not quantized with static scales"
-            self._ignored[why] = self._ignored.get(why, 0) + 1
-        else:
-            self._stage(name, target, value)
+        target = self._ledger.enter(name, value)
+        if target is not None:
+            self._stage(self._ledger.last, target, value)
 
     def _stage(self, name: str, target: Target, value: Tensor) -> None:
-        with self._naming_memory_errors(name):
-            takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
-            if target.tensor == "input_scale":
-                takers = takers[:1]  # a twin does not quantize activations
-            if is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
-                for taker in takers:
-                    taker.receive_stack(name, value, target.layout)
+        takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
+        if target.tensor == "input_scale":
+            takers = takers[:1]  # a twin does not quantize activations
+        if is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
+            self._borrows |= value.is_cuda
+            for taker in takers:
+                taker.receive_stack(name, value, target.layout)
+            return
+        for unit, shard, part in split(name, target, value):
+            taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
+            if not all(taken):
+                self._ledger.duplicate.append(name)
                 return
-            for unit, shard, part in split(name, target, value):
-                taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
-                if not all(taken):
-                    self._duplicate.append(name)
-                    return
 
     def _staging_of(self, slot: WeightSlot) -> SlotStaging:
         if slot not in self._staging:
-            streamed = self.mode == "streamed"
-            if streamed and self._paused_since is None:
-                self._enter_gate()
-                self._paused_since = time.perf_counter()
-                self.served.poisoned = f"a streamed swap to version {self.version!r} has not finished"
+            live = self.mode in ("host", "streamed")
+            if live and self._paused_since is None:
+                self._pause(f"a {self.mode} swap to version {self.version!r} has not finished")
             keeps = self.served.master is not None and self._adapter is None and not self.served.plan.is_twin(slot)
             dry = self.mode == "dry"
             if self._backlog is None:
-                self._backlog = Backlog(self._backlog_limit(slot))
+                self._backlog = Backlog(self._backlog_limit(slot), self.served.side)
             self._staging[slot] = SlotStaging(
-                slot, self.clock, self._backlog, live=streamed, dry=dry, master=keeps and not dry
+                slot, self.clock, self._backlog, live=live, dry=dry, master=keeps and not dry
             )
         return self._staging[slot]
 
     def _backlog_limit(self, slot: WeightSlot) -> int:
         if self.served.backlog is not None:
             return self.served.backlog
-        return default_backlog(next(iter(slot.tensors.values())), streamed=self.mode == "streamed")
-
-    @contextmanager
-    def _naming_memory_errors(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise StagingMemoryError(f"memory ran out while staging {name}: {error}") from error
-        except RuntimeError as error:  # torch's CPU allocator has no type of its own
-            if "allocate memory" not in str(error):
-                raise
-            raise StagingMemoryError(f"memory ran out while staging {name}: {error}") from error
+        return default_backlog(next(iter(slot.tensors.values())), streamed=self.mode in ("host", "streamed"))
 
     # ending
 
@@ -170,7 +156,8 @@ class WeightSession:
         self._check_open()
         try:
             self.check_ledger()
-            with self._naming_memory_errors("(deriving scales)"):
+            self._ledger.last = "(deriving scales)"
+            with naming_memory_errors(lambda: self._ledger.last, self.served, self.mode), self.served.side.beside():
                 for staging in self._staging.values():
                     staging.assembly.seal()
             unchanged = self._check_version(self.new_digest())
@@ -184,29 +171,45 @@ class WeightSession:
         return self.report
 
     def abort(self) -> None:
-        """Drop what was staged. After streamed writes, or an interrupted commit, the policy stays poisoned."""
-        if self._open and (self._torn or self._paused_since is not None):
+        """Drop what was staged, or put back what was overwritten. After streamed writes, or an interrupted commit that
+        is not undone, the policy stays poisoned."""
+        if self._open and self._paused_since is not None:
             self.served.poisoned = f"a swap to version {self.version!r} failed half-way"
             self.served.version = None
+            try:
+                if self.mode == "host" and not self._flipping:
+                    self._restore()
+            finally:
+                self._close()
         self._close()
 
+    def _restore(self) -> None:
+        assert self.served.mirror is not None
+        self.served.side.wait()
+        self.served.mirror.restore(self._staging)
+        self.served.version, self.served.poisoned = self._served_before, None
+
     def _flip(self) -> None:
-        if self._paused_since is None:
-            self._enter_gate()
-        start, slots = time.perf_counter(), self.served.plan.slots
-        self._clipping = {} if self.served.version is None else clipping_shares(slots)
-        self._torn = True  # an interrupt among the copies must not leave a mixture serving
-        self.served.poisoned = f"the commit of version {self.version!r} has not finished"
+        if self._paused_since is None:  # an interrupt among the copies must not leave a mixture serving
+            self._pause(f"the commit of version {self.version!r} has not finished")
+        slots = self.served.plan.slots
+        self._clipping = {} if self._served_before is None else clipping_shares(slots)
         with self.clock("commit"):
-            for slot, staging in self._staging.items():
-                grown = staging.assembly
-                slot.commit(grown.packed, grown.scales, grown.digests())
+            with self.served.side.beside():
+                for slot, staging in self._staging.items():
+                    grown = staging.assembly
+                    slot.commit(grown.packed, grown.scales, grown.digests)
+            self.served.side.wait()
+            self._flipping = True
             self._update_master()
             self.served.flip(self.version)
-        self._torn = False
         reset_clipping(slots)
-        self.clock.seconds["pause"] = time.perf_counter() - (self._paused_since or start)
+        assert self._paused_since is not None
+        self.clock.seconds["pause"] = time.perf_counter() - self._paused_since
+        self._paused_since = None
         self._gate.close()
+        if self.served.mirror is not None:
+            self.served.mirror.renew(self._staging)
 
     def _update_master(self) -> None:
         master = self.served.master
@@ -219,27 +222,26 @@ class WeightSession:
             own = {s: staging.assembly for s, staging in self._staging.items() if not plan.is_twin(s)}
             self._unadapted = master.replace({slot: assembly.master_units() for slot, assembly in own.items()})
 
-    def _enter_gate(self) -> None:
+    def _pause(self, why: str) -> None:
+        """Keep generation from stepping until the session ends: from now on served bytes change, and `why` says so."""
+        if self.mode == "host":
+            assert self.served.mirror is not None
+            self.served.mirror.complete()
+        self.served.side.wait()
         self._gate.enter_context(self.served.commit_gate())
         self._check_open()  # the engine may have been closed meanwhile
+        self._paused_since = time.perf_counter()
+        self.served.poisoned = why
+        self.served.side.after_steps()
 
     def check_ledger(self) -> None:
-        """Raise `CoverageError` unless every touched layer is complete and every name known and single."""
+        """Nothing more is to come: raise unless all of it is complete, known, single, and finite."""
         for staging in self._staging.values():
             staging.settle()
-        plan = self.served.plan  # a twin lacks what its slot lacks
-        missing = [n for slot, staging in self._staging.items() if not plan.is_twin(slot) for n in staging.missing()]
-        if self.full:
-            untouched = (slot for slot in plan.addressed if slot not in self._staging)
-            missing += [name for slot in untouched for name in names_of(slot)]
-        if missing or self._unexpected or self._duplicate:
-            hint = plan.hint(self.prefix) if self._unexpected else ""
-            raise CoverageError(missing, self._unexpected, self._duplicate, hint=hint)
-        for name, digest in self._tied.items():
-            target = self.served.plan.resolve(name)
-            assert target is not None
-            if self._digests_of(target.slot)[target.tensor] != digest:
-                raise ModelError(f"{name} is tied to {self.served.plan.tied[name]}, but the two differ")
+        if self._backlog is not None:
+            self._backlog.look()
+        self._ledger.check(self._staging)
+        self._ledger.check_tied(self._digests())
 
     def _check_version(self, digest: str) -> bool:
         """True if the very same weights are being served under this version already."""
@@ -254,20 +256,22 @@ class WeightSession:
     def new_digest(self) -> str:
         """The digest that the policy has once this session is committed."""
         return weights_digest(
-            (slot.name, tensor, digest)
-            for slot in self.served.plan.slots
-            for tensor, digest in self._digests_of(slot).items()
+            (slot.name, tensor, digest) for slot, found in self._digests().items() for tensor, digest in found.items()
         )
 
-    def _digests_of(self, slot: WeightSlot) -> dict[str, int]:
-        return self._staging[slot].assembly.digests() if slot in self._staging else slot.digests
+    def _digests(self) -> dict[WeightSlot, dict[str, int]]:
+        """Of every slot, as they will be."""
+        grown = {slot: staging.assembly for slot, staging in self._staging.items()}
+        with self.served.side.beside():
+            read_digests(list(grown.values()))
+        return {slot: grown[slot].digests if slot in grown else slot.digests for slot in self.served.plan.slots}
 
     def _make_report(self, status: Literal["committed", "unchanged"]) -> UpdateReport:
         return UpdateReport(
             version=self.version,
             status=status,
-            tensors=self._tensors,
-            bytes_in=self._bytes_in,
+            tensors=self._ledger.num_tensors,
+            bytes_in=self._ledger.num_bytes,
             layers=len(self._staging),
             coverage=len(self._staging) / max(1, len(self.served.plan.slots)),
             seconds=self.clock.seconds,
@@ -277,7 +281,7 @@ class WeightSession:
         )
 
     def _warnings(self) -> Iterator[str]:
-        yield from (f"{count} tensors ignored: {why}" for why, count in self._ignored.items())
+        yield from self._ledger.warnings()
         if self._unadapted:
             yield f"base weights took the place of adapted ones, without the adapter: {', '.join(self._unadapted)}"
 
@@ -308,10 +312,3 @@ class WeightSession:
             raise SessionClosedError(
                 f"the session for version {self.version!r} was aborted; the old version serves"
             ) from self._error
-
-
-def names_of(slot: WeightSlot) -> list[str]:
-    """Every name that a full session must bring for an untouched slot."""
-    if slot.loaded and slot.kept:
-        return []
-    return SlotStaging.for_names(slot).missing()

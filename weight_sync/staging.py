@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from ..quant import BF16, FP8, NVFP4, JoinedLayout, Plain, UnsupportedError, WeightSlot
+from ..quant.scheme import has_kernels
 from .assembly import Assembly
 from .checks import check_finite, check_scale, check_shape
 from .clock import Clock
@@ -37,12 +38,14 @@ class SlotStaging:
         master: bool = False,
     ) -> None:
         self.slot, self.backlog = slot, backlog
-        self.assembly = Assembly(slot, clock, live=live, dry=dry, master=master)
+        self.assembly = Assembly(slot, clock, backlog, live=live, dry=dry, master=master)
         self.primary = self.assembly.primary
         self.received: set[tuple[int, int, str]] = set()
+        self.handed_on: set[int] = set()  # units that are complete
         self.pending: dict[int, PendingUnit] = {}
         self.runs: dict[int, Run] = {}  # of every pending unit
-        self.device = next(iter(slot.tensors.values())).device
+        first = next(iter(slot.tensors.values()))
+        self.device, self.checks_later = first.device, has_kernels(first)
 
     @classmethod
     def for_names(cls, slot: WeightSlot) -> Self:
@@ -55,36 +58,35 @@ class SlotStaging:
         """Take one shard's tensor; False if it came before. The value is copied before this returns."""
         if (unit, shard, tensor) in self.received:
             return False
+        value = value.detach()
         if tensor == "input_scale":
             self._input_scale(name, unit, shard, value)
         else:
             self._matrix_or_scale(name, tensor, unit, shard, value)
         self.received.add((unit, shard, tensor))
-        if unit in self.pending and not any(self._missing_of(unit, self.pending[unit].form)):
-            run = self.runs[unit]
-            run.complete.add(unit)
-            if run.complete == run.expected:
-                self._finish(run)
         return True
 
     @property
     def takes_stack(self) -> bool:
         """Whether nothing of the weight has come yet, so that all of it may come at once."""
-        return not self.pending and not self.assembly.finished
+        return not self.pending and not self.handed_on
 
     def receive_stack(self, name: str, stack: Tensor, layout: JoinedLayout) -> None:
-        """Take all units of a float weight at once. It is quantized before this returns, without a copy in between if
-        it has the dtype, the order and the device that the slot quantizes from."""
+        """Take all units of a float weight at once; without a copy in between if it has the dtype, the order and the
+        device that the slot quantizes from: then a GPU may read it until `backlog.look()` and `backlog.side.wait()`."""
         units, device, dtype = self.slot.shape.num_units, self.device, self._unquantized.dtype
         self.received |= {(u, s, self.primary) for u in range(units) for s in range(len(self.slot.shape.rows))}
         step = self._run_length
+        self.handed_on.update(range(units))
         for start in range(0, units, step):
             part = layout.sorted_rows(stack[start : start + step].detach(), self.slot.shape)
-            part = part.to(device=device, dtype=dtype).contiguous()
+            if part.device != device or part.dtype != dtype or not part.is_contiguous():
+                with self.backlog.side.beside():
+                    part = part.to(device=device, dtype=dtype).contiguous()
             arrival = Arrival(range(start, start + len(part)), "bf16", {self.primary: part}, unchecked=[(name, part)])
             arrival.borrowed = part.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
             del part
-            self.assembly.add(arrival)
+            self._hand_on(arrival)
 
     @cached_property
     def _run_length(self) -> int:
@@ -99,32 +101,49 @@ class SlotStaging:
     def _input_scale(self, name: str, unit: int, shard: int, value: Tensor) -> None:
         check_shape(name, value, (1,))
         check_scale(name, value)
-        scales = self.assembly.scales["input_scale"]
-        (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
+        with self.backlog.side.beside():
+            scales = self.assembly.own_scale("input_scale")
+            (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
 
     def _matrix_or_scale(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> None:
         pending = self._pending(name, tensor, unit, value)
-        rows = self.slot.shape.shard_slice(shard)
-        if tensor not in pending.matrices:
-            if value.numel() not in (1, rows.stop - rows.start):
-                raise ShapeError(f"{name}: expected one scale or {rows.stop - rows.start}, got {list(value.shape)}")
+        if tensor in pending.run.matrices:
+            self._matrix(
+                name,
+                tensor,
+                value,
+                pending,
+                pending.run.places(tensor, shard, self.slot.shape)[unit - pending.run.first],
+            )
+        else:
+            rows = self.slot.shape.rows[shard]
+            if value.numel() not in (1, rows):
+                raise ShapeError(f"{name}: expected one scale or {rows}, got {list(value.shape)}")
             check_scale(name, value, zero=True)  # of a weight of zeros
-            pending.scales[tensor, shard] = value.detach().to(torch.float32, copy=True).reshape(-1)
-            return
-        target = pending.matrices[tensor][rows]
+            pending.scales[tensor, shard] = value.to(torch.float32, copy=True).reshape(-1)
+        pending.left -= 1
+        if not pending.left:
+            pending.run.complete.add(unit)
+            if len(pending.run.complete) == len(pending.run.expected):
+                self._finish(pending.run)
+
+    def _matrix(self, name: str, tensor: str, value: Tensor, pending: PendingUnit, target: Tensor) -> None:
         self._check_dtype(name, value, pending.form)
-        check_shape(name, value, tuple(target.shape))
-        target.copy_(value if value.shape == target.shape else value.reshape(target.shape))
-        if self.runs[unit].count > 1:
+        if value.shape != target.shape:
+            check_shape(name, value, tuple(target.shape))
+            value = value.reshape(target.shape)
+        later = tensor not in SCALE_TENSORS and (self.checks_later or pending.run.count > 1)
+        if later:
+            self.backlog.copy_later(target, value)
             pending.unchecked.append((name, target))  # one look at many spares a GPU's waiting
             return
-        check_finite(name, target)  # as rounded: float32 may overflow BF16
-        if tensor in SCALE_TENSORS:
-            check_scale(name, target)
+        target.copy_(value)
+        (check_scale if tensor in SCALE_TENSORS else check_finite)(name, target)  # as rounded: it may overflow BF16
 
     def _pending(self, name: str, tensor: str, unit: int, value: Tensor) -> PendingUnit:
         form = form_of(tensor, value.dtype)
-        if unit not in self.pending:
+        pending = self.pending.get(unit)
+        if pending is None:
             own = self.slot.scheme.name
             if form != "bf16" and self.slot.shape.cols is None:
                 raise UnsupportedError(f"{name}: a vector has no {form} form", ["send BF16"])
@@ -133,10 +152,10 @@ class SlotStaging:
                     f"{name} is stored in {form}, but its layer is computed in {own}",
                     ["send BF16", "or open the engine with quant=None or quant='bf16'"],
                 )
-            self._open(unit, form)
-        elif self.pending[unit].form != form:
-            raise ShapeError(f"{name}: shards of one weight came in {self.pending[unit].form} and in {form}")
-        return self.pending[unit]
+            return self._open(unit, form)
+        if pending.form != form:
+            raise ShapeError(f"{name}: shards of one weight came in {pending.form} and in {form}")
+        return pending
 
     def _check_dtype(self, name: str, value: Tensor, form: Form) -> None:
         if form == "bf16" and value.dtype not in FLOATS:
@@ -144,7 +163,7 @@ class SlotStaging:
 
     # runs
 
-    def _open(self, unit: int, form: Form) -> None:
+    def _open(self, unit: int, form: Form) -> PendingUnit:
         """A place for a unit: in a run with its neighbours, or alone where there is no room for them."""
         run = self.runs.get(unit)
         if run is None:
@@ -153,9 +172,9 @@ class SlotStaging:
             run.expected.discard(unit)
             run = self._alone(unit, form)
         self.runs[unit] = run
-        place = unit - run.first
-        stacked = self.slot.shape.units is not None
-        self.pending[unit] = PendingUnit(form, {k: t[place] if stacked else t for k, t in run.matrices.items()})
+        tensors = {"bf16": 1, "fp8": 2, "nvfp4": 3}[form]
+        pending = self.pending[unit] = PendingUnit(form, run, tensors * len(self.slot.shape.rows))
+        return pending
 
     def _new_run(self, unit: int, form: Form) -> Run:
         length, unit_bytes = self._run_length, self._bytes_of(self._scheme_of(form))
@@ -164,7 +183,7 @@ class SlotStaging:
         while length > 1:
             first = unit // length * length
             count = min(length, self.slot.shape.num_units - first)
-            free = {u for u in range(first, first + count) if u not in self.runs and u not in self.assembly.finished}
+            free = {u for u in range(first, first + count) if u not in self.runs and u not in self.handed_on}
             if len(free) > 1 and self.backlog.take(count * unit_bytes):
                 run = Run(form, first, count, self._buffers(form, count), count * unit_bytes, free)
                 self.runs.update(dict.fromkeys(free, run))
@@ -190,20 +209,38 @@ class SlotStaging:
 
     def _finish(self, run: Run) -> None:
         """Hand a run's complete units on; incomplete ones go on alone."""
-        for part in run.parts():
+        self.backlog.copy_now()
+        run.views.clear()
+        parts = list(run.parts())
+        self.backlog.side.lend(run.matrices.values())
+        for part in parts:
             inside = slice(part.start - run.first, part.stop - run.first)
             whole = len(part) == run.count
             matrices = run.matrices if whole else {key: t[inside] for key, t in run.matrices.items()}
             arrival = Arrival(part, run.form, matrices)
             arrival.scales = [self.pending[unit].scales for unit in part]
             arrival.unchecked = [pair for unit in part for pair in self.pending[unit].unchecked]
+            self.backlog.side.lend(scale for scales in arrival.scales for scale in scales.values())
             for unit in part:
                 del self.pending[unit], self.runs[unit]
+            if part is parts[-1]:
+                arrival.release = partial(self.backlog.give_back, run.num_bytes)
+            self.handed_on.update(part)
+            self._hand_on(arrival)
+        if not parts:
+            self.backlog.give_back(run.num_bytes)
+
+    def _hand_on(self, arrival: Arrival) -> None:
+        """To the assembly: on a CPU now, so that memory is free again; on a GPU with others."""
+        if self.checks_later:
+            held = 0 if arrival.borrowed else arrival.num_bytes
+            self.backlog.compute_later(partial(self.assembly.add, arrival), held)
+        else:
             self.assembly.add(arrival)
-        self.backlog.give_back(run.num_bytes)
 
     def settle(self) -> None:
         """Finish complete units that wait for others; nothing more is to come."""
+        self.backlog.copy_now()
         for run in {id(run): run for run in self.runs.values()}.values():
             for unit in run.expected & self.pending.keys() - run.complete:
                 for name, value in self.pending[unit].unchecked:
@@ -214,7 +251,7 @@ class SlotStaging:
 
     def missing(self) -> list[str]:
         """Names that must still arrive before this slot can be committed."""
-        open_units = (unit for unit in range(self.slot.shape.num_units) if unit not in self.assembly.finished)
+        open_units = (unit for unit in range(self.slot.shape.num_units) if unit not in self.handed_on)
         names = [
             name
             for unit in open_units

@@ -12,11 +12,11 @@ import torch
 from msgspec import Struct, structs
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
 from ...quant import Activation, QuantName
 from ..config import EngineConfig, SamplingParams
 from ..llm.engine import LanguageEngine
+from ..step_profile import StepProfile, profile_steps
 
 TOP_OPERATIONS = 12
 
@@ -51,18 +51,27 @@ def _run(arguments: argparse.Namespace) -> None:
         vocab_size = engine.info()["vocab_size"]
         prompts = torch.randint(vocab_size, shape, generator=generator).tolist()
         rates = measure(engine, prompts, arguments.new_tokens, arguments.repeats)
-        shares = operation_shares(engine, prompts, min(8, arguments.new_tokens))
+        few = min(8, arguments.new_tokens)
+        spent = profile_steps(lambda: _seconds(engine, prompts, few), engine.model.device)
     if arguments.json:
-        print(json.dumps({**structs.asdict(rates), "operations": shares}, indent=2))
+        print(json.dumps({**structs.asdict(rates), **_shares(spent)}, indent=2))
         return
     table = Table("figure", "value")
     for name, value in structs.asdict(rates).items():
         table.add_row(name.replace("_", " "), f"{value:.1f}")
     Console().print(table)
-    table = Table("operation", "share of the time")
-    for name, share in shares.items():
-        table.add_row(name, f"{share:.1%}")
-    Console().print(table, markup=False)
+    for title, shares in _shares(spent).items():
+        table = Table(title, "share of the time")
+        for name, share in shares.items():
+            table.add_row(name, f"{share:.1%}")
+        Console().print(table, markup=False)
+
+
+def _shares(spent: StepProfile) -> dict[str, dict[str, float]]:
+    """Of all time that is accounted for, which on a GPU is the wall's: kinds of work, and the largest operations."""
+    whole = sum(spent.by_kind.values()) or 1.0
+    parts = {"kinds": spent.by_kind, "operations": dict(spent.largest[:TOP_OPERATIONS])}
+    return {title: {name: seconds / whole for name, seconds in part.items()} for title, part in parts.items()}
 
 
 def measure(engine: LanguageEngine, prompts: list[list[int]], new_tokens: int, repeats: int) -> Rates:
@@ -83,18 +92,3 @@ def _seconds(engine: LanguageEngine, prompts: list[list[int]], new_tokens: int) 
     start = time.perf_counter()
     engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=new_tokens, ignore_eos=True))
     return time.perf_counter() - start
-
-
-def operation_shares(engine: LanguageEngine, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
-    """Share of the operations' own time, the largest ones; on a GPU of the kernels' time."""
-    on_gpu = engine.model.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
-        _seconds(engine, prompts, new_tokens)
-    times = {
-        event.key: float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-        for event in profiler.key_averages()
-    }
-    whole = sum(times.values()) or 1.0
-    largest = sorted(times.items(), key=lambda pair: -pair[1])[:TOP_OPERATIONS]
-    return {name: spent / whole for name, spent in largest}

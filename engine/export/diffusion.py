@@ -14,8 +14,8 @@ from torch import Tensor
 from ...quant import Capability, Plain, UnsupportedError, WeightSlot
 from ...quant.numerics import decode_scale
 from ...weight_sync import CoverageError, ShapeError, SyncPlan
+from ...weight_sync.ledger import names_of
 from ...weight_sync.pairs import split
-from ...weight_sync.session import names_of
 from ...weight_sync.staging import check_finite
 from ..checkpoint import locate
 from ..config import EngineConfig

@@ -15,6 +15,7 @@ class CachedAttend:
     slots: Tensor
 
     def __call__(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        assert not self.cache.holds_codes, "codes are written by `norm_rope_write`"
         self.cache.keys[spec.layer].index_copy_(0, self.slots, k)
         self.cache.values[spec.layer].index_copy_(0, self.slots, v)
         return self.read(spec, q, sinks)

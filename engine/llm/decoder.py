@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant import matmul
+from ...quant import FP8Rows, matmul, values_of
 from .attention import Attend, AttentionSpec
 from .decoder_config import DecoderConfig
-from .layers.attention import Attention
+from .layers.attention import Attention, KVScales
 from .layers.latent_attention import LatentAttention
 from .layers.mlp import MLP
 from .layers.norms import Norm
@@ -29,13 +29,13 @@ class DecoderLayer:
 
     NORM_BEFORE_MLP = "post_attention_layernorm"
 
-    def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_cache: str | None) -> None:
+    def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_scales: KVScales | None) -> None:
         self.prefix = prefix = f"model.layers.{layer}."
         self.norm, self.kind = Norm(config.norm, config.rms_norm_eps), config.layers[layer]
         self.input_norm = parts.plain(prefix + "input_layernorm", config.hidden_size)
         self.post_norm = parts.plain(prefix + self.NORM_BEFORE_MLP, config.hidden_size)
         latent = config.attention.latent is not None
-        self.attention = LatentAttention(parts, config, layer) if latent else Attention(parts, config, layer, kv_cache)
+        self.attention = LatentAttention(parts, config, layer) if latent else Attention(parts, config, layer, kv_scales)
         sparse, size = config.moe is not None and not self.kind.dense, config.intermediate_size
         self.mlp = SparseMLP(parts, config, layer) if sparse else MLP(parts, config, prefix + "mlp.", size)
 
@@ -43,11 +43,11 @@ class DecoderLayer:
         self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """The input is x + y (None: nothing), and so is the output."""
-        x, normed = self.norm.of_sum(x, y, self.input_norm)
-        x, normed = self.norm.of_sum(x, self.attention(normed, rotary, attend), self.post_norm)
+        x, normed = self.norm.of_sum(x, y, self.input_norm, self.attention.reads)
+        x, normed = self.norm.of_sum(x, self.attention(normed, rotary, attend), self.post_norm, self.mlp.reads)
         return x, self.feed_forward(normed, routed)
 
-    def feed_forward(self, x: Tensor, routed: list[Tensor] | None) -> Tensor:
+    def feed_forward(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:
         return self.mlp(x, routed) if isinstance(self.mlp, SparseMLP) else self.mlp(x)
 
 
@@ -56,29 +56,29 @@ class SandwichLayer(DecoderLayer):
 
     NORM_BEFORE_MLP = "pre_feedforward_layernorm"
 
-    def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_cache: str | None) -> None:
-        super().__init__(parts, config, layer, kv_cache)
+    def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_scales: KVScales | None) -> None:
+        super().__init__(parts, config, layer, kv_scales)
         self.attention_out_norm = parts.plain(self.prefix + "post_attention_layernorm", config.hidden_size)
         self.mlp_out_norm = parts.plain(self.prefix + "post_feedforward_layernorm", config.hidden_size)
 
     def __call__(
         self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        x, normed = self.norm.of_sum(x, y, self.input_norm)
+        x, normed = self.norm.of_sum(x, y, self.input_norm, self.attention.reads)
         y = self.norm(self.attention(normed, rotary, attend), self.attention_out_norm)
-        x, normed = self.norm.of_sum(x, y, self.post_norm)
+        x, normed = self.norm.of_sum(x, y, self.post_norm, self.mlp.reads)
         return x, self.norm(self.feed_forward(normed, routed), self.mlp_out_norm)
 
 
 class Decoder:
     """A causal language model over flat tokens."""
 
-    def __init__(self, config: DecoderConfig, parts: Parts, kv_cache: str | None = None) -> None:
+    def __init__(self, config: DecoderConfig, parts: Parts, kv_scales: KVScales | None = None) -> None:
         self.config, self.dtype = config, parts.dtype
         self.device = parts.capability.device
         self.embed = parts.plain("model.embed_tokens", config.vocab_size, config.hidden_size)
         layer_type = SandwichLayer if config.sandwich_norms else DecoderLayer
-        self.layers = [layer_type(parts, config, layer, kv_cache) for layer in range(config.num_layers)]
+        self.layers = [layer_type(parts, config, layer, kv_scales) for layer in range(config.num_layers)]
         self.final_norm = parts.plain("model.norm", config.hidden_size)
         head = {"lm_head": config.vocab_size}
         self.head = None if config.tied else parts.linear("", head, config.hidden_size)
@@ -95,6 +95,18 @@ class Decoder:
             if isinstance(layer.mlp, SparseMLP) and not layer.mlp.experts.runner.capturable:
                 return f"the MoE runner {layer.mlp.experts.runner.name} asks the host"
         return None
+
+    @property
+    def rounds_kv(self) -> bool:
+        """Whether keys and values are what FP8 gives back of them."""
+        return any(isinstance(layer.attention, Attention) and layer.attention.kv_scales for layer in self.layers)
+
+    def unwritable_as_codes(self) -> str | None:
+        """Why keys and values cannot be written to a cache as FP8 codes, or None."""
+        attentions = [layer.attention for layer in self.layers]
+        if all(isinstance(attention, Attention) and attention.fusible for attention in attentions):
+            return None
+        return "no kernel computes this model's norms and rotations of q and k"
 
     @property
     def routing(self) -> tuple[int, int]:
@@ -121,10 +133,10 @@ class Decoder:
             x = x * self.embed_scale
         for layer in self.layers:
             x, y = layer(x, y, rotaries[layer.kind.rope], attend, routed)
-        return self.norm.of_sum(x, y, self.final_norm)[1]
+        return values_of(self.norm.of_sum(x, y, self.final_norm)[1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
+        """[num_tokens, hidden_size] -> [num_tokens, vocab_size], in the engine's dtype."""
         logits = matmul(hidden, self.embed) if self.head is None else self.head(hidden)
         cap = self.config.logit_softcap
-        return (logits if cap is None else (logits / cap).tanh() * cap).float()
+        return logits if cap is None else (logits / cap).tanh() * cap

@@ -23,13 +23,16 @@ from ..prewarm import powers_of_two
 from ..progress import show_progress
 from ..prompts import Prompts, encode_prompts
 from ..schemes import SchemeResolver
+from ..start_memory import naming_weight_memory
 from ..step_gate import StepGate
 from ..streaming import stream
 from ..sync_plan import make_sync_plan
 from ..types import Completion, StreamChunk
 from .attention import WholeSequences
 from .decoder import Decoder
+from .forward import cache_dtype
 from .kv_cache import KVCache
+from .layers.attention import KVScales
 from .models import find_family
 from .page_pool import PAGE_SIZE
 from .parts import Parts
@@ -53,7 +56,8 @@ class LanguageEngine(Engine):
         names = read_kernel_names(self.config, toggles)
         parts = Parts(resolver, capability, getattr(torch, self.config.dtype), names)
         self._decoder_config = checkpoint.read_config(family)
-        self.model = Decoder(self._decoder_config, parts, resolver.plan.kv_cache)
+        with naming_weight_memory(self.config.quant):
+            self.model = Decoder(self._decoder_config, parts, self._kv_scales(resolver.plan.kv_cache))
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
         self.device = self.model.device
@@ -61,10 +65,19 @@ class LanguageEngine(Engine):
         self._load(plan, checkpoint.source, warnings, powers_of_two(self.config.max_step_tokens))
         num_pages = _num_pages(self.model, self.config)
         self.rollouts = Rollouts(self.model, self._policy, num_pages, self.config)
-        self._policy.commit_gate = self.rollouts.gate.visit
+        self._policy.commit_gate = self.rollouts.visit
         self._policy.on_flip.append(self.rollouts.weights_changed)
+        self._warn_of_shortage()
         limits = Limits(self._decoder_config.vocab_size, self._decoder_config.max_position, (num_pages - 1) * PAGE_SIZE)
         self._maker = RequestMaker(self.tokenizer, checkpoint.eos_token_ids(), limits, self.config.seed << 32)
+
+    def _kv_scales(self, stored: str | None) -> KVScales | None:
+        """Of an FP8 KV cache, if there is to be one; `stored`: the format of the checkpoint's."""
+        if self.config.kv_cache_dtype == "fp8" and self._decoder_config.attention.latent is not None:
+            raise UnsupportedError("kv_cache_dtype='fp8'", ["keys and values of latent attention are kept in `dtype`"])
+        if stored is not None:
+            return "stored"
+        return "unit" if self.config.kv_cache_dtype == "fp8" else None
 
     # rollouts
 
@@ -168,7 +181,7 @@ class LanguageEngine(Engine):
                 model = self.model
                 at = torch.arange(len(ids), device=model.device)
                 hidden = model.hidden(at.new_tensor(ids), at, WholeSequences([len(ids)]))
-                logits = model.logits(hidden)
+                logits = model.logits(hidden).float()
             yield ids, logits
 
     # pausing
@@ -240,6 +253,7 @@ def _num_pages(model: Decoder, config: EngineConfig) -> int:
     tokens = config.kv_cache_tokens
     if tokens is None:
         wanted = config.max_batch_size * model.config.max_position
-        per_token = KVCache.bytes_per_token(model.attention_specs, model.routing, model.dtype)
+        dtype = cache_dtype(model, config)
+        per_token = KVCache.bytes_per_token(model.attention_specs, model.routing, dtype)
         tokens = min(wanted, KV_CACHE_BYTES // per_token)
     return -(-tokens // PAGE_SIZE) + 1

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...quant import Capability, UnsupportedError
+from ...quant import UnsupportedError
 from ..config import EngineConfig
 from .cached_attend import CachedAttend
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .paged_attention import PagedAttention, Span
+from .transfers import upload
 
 if TYPE_CHECKING:
     from .gpu.decode_graphs import DecodeGraphs
@@ -38,37 +39,65 @@ class Forward:
     ) -> None:
         self.model, self.cache, self.attend, self.graphs = model, cache, attend, graphs
 
-    def __call__(self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """Token ids and positions, span by span -> [num_tokens, hidden_size]."""
+    def __call__(
+        self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span], drawn: Tensor | None = None
+    ) -> Tensor:
+        """Token ids and positions, span by span -> [num_tokens, hidden_size].
+
+        An id of -1 - i stands for `drawn[i]`, a token that the host does not know yet: drawn int64 [num_drawn].
+        """
+        device = self.model.device
+        tokens = place_drawn(upload(ids, device), drawn)
         if self.graphs is not None and len(ids) == len(spans) <= self.graphs.sizes[-1]:
-            return self.graphs.run(ids, positions, spans)
-        device, attend = self.model.device, self.attend(spans)
+            return self.graphs.run(tokens, upload(positions, device), spans)
+        attend = self.attend(spans)
         routed: list[Tensor] = []
-        hidden = self.model.hidden(
-            torch.tensor(ids, device=device), torch.tensor(positions, device=device), attend, routed
-        )
+        hidden = self.model.hidden(tokens, upload(positions, device), attend, routed)
         self.cache.store_routed(attend.slots, routed)
         return hidden
 
 
-def make_forward(model: Decoder, cache: KVCache, capability: Capability, config: EngineConfig) -> Forward:
+def place_drawn(ids: Tensor, drawn: Tensor | None) -> Tensor:
+    """int64 [num_tokens], where -1 - i stands for `drawn[i]`."""
+    return ids if drawn is None else torch.where(ids < 0, drawn[(-1 - ids).clamp_(min=0)], ids)
+
+
+def no_flashinfer(model: Decoder, config: EngineConfig) -> str | None:
+    """Why attention is plain torch, or None where it is FlashInfer's; `UnsupportedError` if that was asked for."""
+    if config.attention == "torch":
+        return "attention='torch'"
+    if model.device.type != "cuda":
+        reason = f"it runs on GPUs, this is {model.capability}"
+    else:
+        from .gpu.flashinfer_attention import FlashInferAttention
+
+        reason = FlashInferAttention.unsupported(model.attention_specs, model.capability, model.dtype)
+    if reason is not None and config.attention == "flashinfer":
+        raise UnsupportedError("attention='flashinfer'", [reason])
+    return reason
+
+
+def cache_dtype(model: Decoder, config: EngineConfig) -> torch.dtype:
+    """Of keys and values: E4M3 where they are rounded to it and attention reads codes, else the engine's dtype."""
+    if not model.rounds_kv:
+        return model.dtype
+    reason = no_flashinfer(model, config) or model.unwritable_as_codes()
+    if reason is None:
+        return torch.float8_e4m3fn
+    log.info("the KV cache holds FP8's values in %s: %s", model.dtype, reason)
+    return model.dtype
+
+
+def make_forward(model: Decoder, cache: KVCache, config: EngineConfig) -> Forward:
     """FlashInfer's attention and CUDA graphs where they can be had and are not switched off, else plain torch."""
-    plain = Forward(model, cache, lambda spans: PagedAttention(cache, spans))
-    if config.attention == "torch" or capability.device.type != "cuda":
-        if config.attention == "flashinfer":
-            raise UnsupportedError("attention='flashinfer'", [f"it runs on GPUs, this is {capability}"])
-        return plain
+    reason = no_flashinfer(model, config)
+    if reason is not None:
+        log.info("attention on %s: torch; not flashinfer: %s", model.capability, reason)
+        return Forward(model, cache, lambda spans: PagedAttention(cache, spans))
     from .gpu.flashinfer_attention import FlashInferAttention
 
-    specs = model.attention_specs
-    reason = FlashInferAttention.unsupported(specs, capability, cache.keys.dtype)
-    if reason is not None:
-        if config.attention == "flashinfer":
-            raise UnsupportedError("attention='flashinfer'", [reason])
-        log.info("attention on %s: torch; not flashinfer: %s", capability, reason)
-        return plain
-    attention = FlashInferAttention(cache, specs, model.config.attention.num_heads)
-    log.info("attention on %s: flashinfer", capability)
+    attention = FlashInferAttention(cache, model.attention_specs, model.config.attention.num_heads, model.dtype)
+    log.info("attention on %s: flashinfer", model.capability)
     cache.clears_pages = False  # it reads no further than a sequence goes
     return Forward(model, cache, attention.step, _make_graphs(model, cache, attention, config))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ...quant import UnsupportedError
+from ...quant import ConfigError, UnsupportedError
 from ...weight_sync import AsleepError
 from .attention import AttentionSpec
 from .page_pool import PAGE_SIZE
@@ -16,9 +16,9 @@ from .page_pool import PAGE_SIZE
 class KVCache:
     """A slot (page * PAGE_SIZE + offset) holds one token's keys and values in all layers, and its routed experts.
 
-    keys, values: [num_layers, num_slots, kv_heads, key_dim | value_dim]; routed: int16 [num_slots, num_moe_layers,
-    top_k]. With `clears_pages` pages are zeroed when they are handed out: where attention reads whole pages, zero times
-    what an earlier request left there must be zero.
+    keys, values: [num_layers, num_slots, kv_heads, key_dim | value_dim], as numbers or as E4M3 codes; routed: int16
+    [num_slots, num_moe_layers, top_k]. With `clears_pages` pages are zeroed when they are handed out: where attention
+    reads whole pages, zero times what an earlier request left there must be zero.
     """
 
     clears_pages = True
@@ -38,9 +38,12 @@ class KVCache:
             )
         heads, key_dim, value_dim = shapes.pop()
         slots = num_pages * PAGE_SIZE
-        self.keys = torch.empty(len(specs), slots, heads, key_dim, dtype=dtype, device=device)
-        self.values = torch.empty(len(specs), slots, heads, value_dim, dtype=dtype, device=device)
-        self.routed = torch.empty(slots, *routing, dtype=torch.int16, device=device)
+        try:
+            self.keys = torch.empty(len(specs), slots, heads, key_dim, dtype=dtype, device=device)
+            self.values = torch.empty(len(specs), slots, heads, value_dim, dtype=dtype, device=device)
+            self.routed = torch.empty(slots, *routing, dtype=torch.int16, device=device)
+        except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no type of its own
+            raise ConfigError(_what_fits(slots, self.bytes_per_token(specs, routing, dtype), device)) from error
         self.asleep = False
         self.clear([0])
 
@@ -48,6 +51,11 @@ class KVCache:
     def bytes_per_token(specs: Sequence[AttentionSpec], routing: tuple[int, int], dtype: torch.dtype) -> int:
         values = sum(spec.num_kv_heads * (spec.key_dim + spec.value_dim) for spec in specs)
         return values * dtype.itemsize + routing[0] * routing[1] * torch.int16.itemsize
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether keys and values are E4M3 codes."""
+        return self.keys.dtype == torch.float8_e4m3fn
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -85,8 +93,13 @@ class KVCache:
     def clear(self, pages: Sequence[int]) -> None:
         """Zero these pages."""
         at = torch.tensor(pages, device=self.keys.device)
+        for pages_of in self._pages():
+            pages_of[:, at] = 0
+
+    def _pages(self) -> Iterator[Tensor]:
+        """Keys and values [num_layers, num_pages, PAGE_SIZE, ...]; codes as bytes, which torch can index."""
         for tensor in (self.keys, self.values):
-            tensor.unflatten(1, (-1, PAGE_SIZE))[:, at] = 0
+            yield (tensor.view(torch.uint8) if self.holds_codes else tensor).unflatten(1, (-1, PAGE_SIZE))
 
     def store_routed(self, slots: Tensor, routed: Sequence[Tensor]) -> None:
         """Keep the expert ids [num_tokens, top_k] that every MoE layer chose for the tokens at `slots`."""
@@ -95,8 +108,8 @@ class KVCache:
 
     def copy(self, source: int, target: int) -> None:
         """Copy one page onto another."""
-        for tensor in (self.keys.unflatten(1, (-1, PAGE_SIZE)), self.values.unflatten(1, (-1, PAGE_SIZE))):
-            tensor[:, target] = tensor[:, source]
+        for pages_of in self._pages():
+            pages_of[:, target] = pages_of[:, source]
         routed = self.routed.unflatten(0, (-1, PAGE_SIZE))
         routed[target] = routed[source]
 
@@ -104,3 +117,14 @@ class KVCache:
         """Routed experts int16 [count, num_moe_layers, top_k] of a sequence's first `count` tokens."""
         at = torch.tensor(pages, dtype=torch.long, device=self.routed.device)
         return self.routed.unflatten(0, (-1, PAGE_SIZE))[at].flatten(0, 1)[:count].cpu()
+
+
+def _what_fits(slots: int, bytes_per_token: int, device: torch.device) -> str:
+    wanted = f"{slots} tokens of {bytes_per_token} bytes each, {slots * bytes_per_token / 2**30:.1f} GiB"
+    if device.type != "cuda":
+        return f"no memory for a KV cache of {wanted}; set EngineConfig(kv_cache_tokens=...) lower"
+    free = torch.cuda.mem_get_info(device)[0]
+    return (
+        f"no memory for a KV cache of {wanted}: {free / 2**30:.1f} GiB are free, room for "
+        f"{free // bytes_per_token // PAGE_SIZE * PAGE_SIZE} tokens at the most; set EngineConfig(kv_cache_tokens=...)"
+    )

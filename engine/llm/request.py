@@ -40,6 +40,9 @@ class Request(Struct, eq=False):
     finish_reason: FinishReason | None = None  # set last: another thread may look for it
     stopped_by: int | str | None = None
 
+    in_flight: int = 0  # tokens drawn that have not been read yet
+    drawn_at: int = 0  # where the last of them stands among its step's draws
+
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     shareable: bool = True
@@ -64,6 +67,16 @@ class Request(Struct, eq=False):
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that there are, those in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def all_drawn(self) -> bool:
+        """Whether no token is left to draw: the last one is in flight."""
+        return self.num_new + self.in_flight >= self.limit
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
@@ -75,7 +88,7 @@ class Request(Struct, eq=False):
         """What drives the next draw: the i-th number of the request's own stream."""
         if not self.uniforms:
             self.uniforms = seeded_uniforms(self.seed, self.limit).tolist()
-        return self.uniforms[self.num_new]
+        return self.uniforms[self.num_new + self.in_flight]
 
     def accept(self, draw: Draw, version: str) -> FinishReason | None:
         """Take the next token; why it is the last one (a stop token, a stop string, the limit), or None."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
 from msgspec import Struct
 from torch import Tensor
 
+from ...quant.scheme import has_kernels
 from ..errors import NonFiniteError
 from .likelihoods import Likelihoods
 from .shaping import Shaped, scale, shape
+from .transfers import Download, upload
 
 
 class Sampled(Shaped, Protocol):
@@ -39,30 +41,84 @@ def seeded_uniforms(seed: int, count: int) -> Tensor:
     return torch.tensor([stream.random() for _ in range(count)], dtype=torch.float64)
 
 
-def sample(logits: Tensor, requests: Sequence[Sampled]) -> list[Draw | NonFiniteError]:
-    """Logits float32 [batch, vocab] -> a token for each request.
+class Draws:
+    """Tokens drawn on the device, one for each request: `ids` int64 [batch]. `read` brings them to the host.
+
+    A copy of what the host wants is under way from the start, behind what the device had to do before.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Sampled],
+        ids: Tensor,
+        values: Tensor,
+        modes: Sequence[str] = ("processed",),
+        likelihoods: Mapping[str, Likelihoods] | None = None,
+    ) -> None:
+        """values float64 [1 + num_modes, batch]: the ids, and their log-probs in these modes; a mode that is not among
+        them is "processed". `likelihoods`, by mode, where more is wanted than that."""
+        self.ids, self.requests, self._modes, self._likelihoods = ids, requests, modes, likelihoods or {}
+        self._values = Download(values)
+
+    def read(self) -> list[Draw | NonFiniteError]:
+        """The draws in the order of the requests; a row whose logits make no distribution gets an error instead."""
+        ids, *by_mode = self._values.read().tolist()
+        logprobs = dict(zip(self._modes, by_mode, strict=True))
+        processed = logprobs["processed"]
+        return [
+            self._draw(row, int(token), logprobs.get(_mode(request), processed)[row])
+            if processed[row] <= 0  # and no NaN
+            else _make_error(request)
+            for row, (token, request) in enumerate(zip(ids, self.requests, strict=True))
+        ]
+
+    def _draw(self, row: int, token: int, logprob: float) -> Draw:
+        request = self.requests[row]
+        top, mask = request.params.top_logprobs, request.params.sampling_mask
+        return Draw(
+            token,
+            logprob,
+            self._likelihoods[_mode(request)].top(row, top) if top else None,
+            _mask(self._likelihoods["processed"].logits[row]) if mask else None,
+        )
+
+
+def sample(logits: Tensor, requests: Sequence[Sampled]) -> Draws:
+    """Logits [batch, vocab], in float32 or as the head computes them, -> a token for each request.
 
     Log-probs by mode: "raw" log_softmax(logits), "temperature" log_softmax(logits / temperature), "processed" of
-    what `shape` makes, which is what is drawn from. A row whose logits make no distribution gets an error instead.
+    what `shape` makes, which is what is drawn from.
     """
+    if has_kernels(logits) and all(map(_is_plain, requests)):
+        return _sample_fused(logits, requests)
+    logits = logits.float()
     scaled = scale(logits, requests)
-    shaped = shape(logits, scaled, requests)
-    drawn = Likelihoods(shaped)
-    ids = _choose(drawn, requests)
-    by_mode = _by_mode(logits, scaled, drawn, requests)
-    logprobs = {mode: one.logprobs(ids[:, None])[:, 0].tolist() for mode, one in by_mode.items()}
-    return [
-        Draw(
-            token,
-            logprobs[mode][row],
-            by_mode[mode].top(row, request.params.top_logprobs) if request.params.top_logprobs else None,
-            _mask(shaped[row]) if request.params.sampling_mask else None,
-        )
-        if logprobs["processed"][row] <= 0  # and no NaN
-        else _make_error(request)
-        for row, (token, request) in enumerate(zip(ids.tolist(), requests, strict=True))
-        for mode in (_mode(request),)
-    ]
+    drawn = Likelihoods(shape(logits, scaled, requests))
+    ids, likelihoods = _choose(drawn, requests), _by_mode(logits, scaled, drawn, requests)
+    rows = [ids, *(one.logprobs(ids[:, None])[:, 0] for one in likelihoods.values())]
+    wide = any(request.params.top_logprobs or request.params.sampling_mask for request in requests)
+    return Draws(
+        requests, ids, torch.stack([row.double() for row in rows]), list(likelihoods), likelihoods if wide else None
+    )
+
+
+def _is_plain(request: Sampled) -> bool:
+    """Whether a token and its log-prob in softmax(logits / temperature) are all that is wanted."""
+    params = request.params
+    wide = params.changes_logits or params.truncates or params.top_logprobs or params.sampling_mask
+    return not wide and (_mode(request) != "raw" or params.temperature in (0, 1))
+
+
+def _sample_fused(logits: Tensor, requests: Sequence[Sampled]) -> Draws:
+    from .gpu.sampling import draw
+
+    greedy = [request.params.temperature == 0 for request in requests]
+    temperatures = [request.params.temperature or 1.0 for request in requests]
+    uniforms = [-1.0 if is_greedy else one.uniform() for is_greedy, one in zip(greedy, requests, strict=True)]
+    device = logits.device
+    return Draws(
+        requests, *draw(logits, upload(temperatures, device, torch.float32), upload(uniforms, device, torch.float64))
+    )
 
 
 def _choose(drawn: Likelihoods, requests: Sequence[Sampled]) -> Tensor:
@@ -70,9 +126,9 @@ def _choose(drawn: Likelihoods, requests: Sequence[Sampled]) -> Tensor:
     greedy = [request.params.temperature == 0 for request in requests]
     if all(greedy):
         return drawn.best()
-    uniforms = torch.tensor([request.uniform() for request in requests], dtype=torch.float64)
-    ids = drawn.draw(uniforms.to(drawn.logits.device))
-    return torch.where(torch.tensor(greedy, device=ids.device), drawn.best(), ids) if any(greedy) else ids
+    device = drawn.logits.device
+    ids = drawn.draw(upload([request.uniform() for request in requests], device, torch.float64))
+    return torch.where(upload(greedy, device, torch.bool), drawn.best(), ids) if any(greedy) else ids
 
 
 def _mode(request: Sampled) -> Literal["raw", "temperature", "processed"]:

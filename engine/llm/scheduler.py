@@ -21,9 +21,17 @@ class Chunk(Struct, frozen=True):
     start: int
     end: int
 
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probs of the prompt are wanted of it."""
+        return self.request.wants_prompt_logprobs
+
     @property
     def draws(self) -> bool:
-        return self.end == len(self.request.tokens)
+        return self.end == self.request.num_tokens
 
 
 class Scheduler:
@@ -50,11 +58,16 @@ class Scheduler:
         """The next step's work; empty when there is none."""
         chunks: list[Chunk] = []
         budget, preempted = self.max_step_tokens, self.num_preemptions
-        while len(chunks) < len(self.running) and budget:
-            chunk = self._chunk(self.running[len(chunks)], budget)
-            if self._make_room(chunk.request, chunk.end):
+        at = 0
+        while at < len(self.running) and budget:
+            request = self.running[at]
+            if not request.all_drawn:
+                chunk = self._chunk(request, budget)
+                if not self._make_room(request, chunk.end):
+                    continue  # it runs no more
                 chunks.append(chunk)
                 budget -= chunk.end - chunk.start
+            at += 1
         while self.waiting and len(self.running) < self.max_batch_size and budget:
             if self.num_preemptions > preempted or not self._admit(self.waiting[0]):
                 break
@@ -66,8 +79,8 @@ class Scheduler:
     @staticmethod
     def _chunk(request: Request, budget: int) -> Chunk:
         # An interrupted step may have computed the last token and not drawn: it is computed once more.
-        start = min(request.computed, len(request.tokens) - 1)
-        return Chunk(request, start, min(len(request.tokens), start + budget))
+        start = min(request.computed, request.num_tokens - 1)
+        return Chunk(request, start, min(request.num_tokens, start + budget))
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request the pages of all tokens it has, cached ones first; False if there are too few."""
@@ -107,6 +120,11 @@ class Scheduler:
             raise
         return pages
 
+    @property
+    def has_room_ahead(self) -> bool:
+        """Whether the next step needs nobody's pages but free ones."""
+        return self.pool.num_available >= len(self.running)
+
     def retract(self, request: Request) -> None:
         """Take a running request's pages; it waits, first in line, and is computed again."""
         self.running.remove(request)
@@ -118,12 +136,12 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def advance(self, chunk: Chunk) -> None:
-        """A chunk has been computed: its full pages may serve as a prefix for others."""
+        """A chunk has been computed: its full pages may serve as a prefix for others, once their tokens are known."""
         request = chunk.request
         request.computed = chunk.end
         if not (request.shareable and self.prefix_cache):
             return
-        for page in range(request.num_shared, request.computed // PAGE_SIZE):
+        for page in range(request.num_shared, min(request.computed, len(request.tokens)) // PAGE_SIZE):
             tokens = request.tokens[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
             request.node = self.pool.add(request.node, tokens, request.pages[page])
             request.num_shared = page + 1
@@ -188,6 +206,7 @@ class Scheduler:
             self.waiting.insert(at, heir)
 
     def _close(self, request: Request, reason: FinishReason) -> None:
+        request.computed = min(request.computed, len(request.tokens) - 1)  # a step ahead may have gone beyond
         if request.wants_routed:
             request.routed = self.cache.routed_of(request.pages, request.computed)
         self.pool.release(request.drop_pages())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import SamplingParams
 from .likelihoods import Likelihoods
+from .transfers import upload
 
 WIDTHS = (64, 512, 4096)  # likeliest tokens looked at before a whole vocabulary is sorted
 
@@ -30,7 +31,7 @@ def scale(logits: Tensor, requests: Sequence[Shaped]) -> Tensor:
     temperatures = [request.params.temperature or 1.0 for request in requests]
     if all(temperature == 1 for temperature in temperatures):
         return logits
-    return logits / torch.tensor(temperatures, device=logits.device)[:, None]
+    return logits / upload(temperatures, logits.device, torch.float32)[:, None]
 
 
 def shape(logits: Tensor, scaled: Tensor, requests: Sequence[Shaped]) -> Tensor:

@@ -25,6 +25,31 @@ def _sort_keys(x, col):
 
 
 @triton.jit
+def _short_keys(x, col):
+    """The same as int32 of numbers that BF16 holds: a warp finds the largest of them in one instruction."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True) >> 16
+    bits = tl.where(bits < 0, bits ^ 0x7FFF, bits)
+    return (bits << 16) | (0x7FFF - col)
+
+
+@triton.jit
+def _key_column(key, SHORT: tl.constexpr):
+    return (0x7FFF - (key & 0x7FFF)) if SHORT else (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def _key_value(key, SHORT: tl.constexpr):
+    """The number that a key was made from."""
+    if SHORT:
+        bits = key >> 16
+        bits = tl.where(bits < 0, bits ^ 0x7FFF, bits) << 16
+    else:
+        bits = (key >> 32).to(tl.int32)
+        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _softmax_kernel(
     logits_ptr,
     ids_ptr,
@@ -35,25 +60,26 @@ def _softmax_kernel(
     CHOICES: tl.constexpr,
     EXPERTS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
+    """SHORT: logits are BF16, fewer than 2**15 of them."""
     token, col, choice = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     exists = col < num_experts
     x = tl.load(logits_ptr + token * num_experts + col, mask=exists, other=float("-inf")).to(tl.float32)
-    powers = tl.exp(x - tl.max(x, axis=0))
-    total = tl.sum(powers, axis=0)
-    NEVER: tl.constexpr = -(1 << 63)
-    keys = tl.where(exists, _sort_keys(x, col), NEVER)
-    ids, best = tl.zeros((CHOICES,), tl.int32), tl.zeros((CHOICES,), tl.float32)
+    largest = tl.max(x, axis=0)
+    total = tl.sum(tl.exp(x - largest), axis=0)
+    NEVER: tl.constexpr = -(1 << 31) if SHORT else -(1 << 63)
+    keys = tl.where(exists, _short_keys(x, col) if SHORT else _sort_keys(x, col), NEVER)
+    best = tl.zeros((CHOICES,), keys.dtype)
     for i in tl.static_range(TOP_K):
-        expert = 0x7FFFFFFF - (tl.max(keys, axis=0) & 0x7FFFFFFF).to(tl.int32)
-        chosen = col == expert
-        ids = tl.where(choice == i, expert, ids)
-        best = tl.where(choice == i, tl.sum(tl.where(chosen, powers, 0.0), axis=0), best)
-        keys = tl.where(chosen, NEVER, keys)
-    weights = tl.div_rn(best, best * 0 + total)
+        key = tl.max(keys, axis=0)
+        best = tl.where(choice == i, key, best)
+        keys = tl.where(keys == key, NEVER, keys)
+    powers = tl.where(choice < TOP_K, tl.exp(_key_value(best, SHORT) - largest), 0.0)
+    weights = tl.div_rn(powers, powers * 0 + total)
     if RENORMALIZE:
         weights = tl.div_rn(weights, weights * 0 + tl.sum(weights, axis=0))
-    tl.store(ids_ptr + token * TOP_K + choice, ids.to(tl.int64), mask=choice < TOP_K)
+    tl.store(ids_ptr + token * TOP_K + choice, _key_column(best, SHORT).to(tl.int64), mask=choice < TOP_K)
     tl.store(weights_ptr + token * TOP_K + choice, weights * scaling, mask=choice < TOP_K)
 
 
@@ -80,6 +106,7 @@ def route_softmax(logits: Tensor, top_k: int, renormalize: bool, scaling: float 
             CHOICES=_power_of_two(top_k),
             EXPERTS=_power_of_two(num_experts),
             RENORMALIZE=renormalize,
+            SHORT=logits.dtype == torch.bfloat16 and num_experts < 1 << 15,
             num_warps=1 if num_experts <= 256 else 4,
         )
     return ids, weights

@@ -50,6 +50,7 @@ class TrtllmRunner:
     routes: ClassVar[bool]
     shows_w2: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
+    takes_codes = False
 
     def __init__(
         self, config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype, linear_kernel: str = "auto"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...quant import FP8, NVFP4, Capability, Scheme, TensorSpec, UnsupportedError, WeightShape
+from ...quant import FP8, NVFP4, Capability, FP8Rows, Scheme, TensorSpec, UnsupportedError, WeightShape
 from ...quant.kernels.nvfp4_packing import ue5m3
 from ...quant.scheme import Stored, has_kernels
 from ..config import MoeConfig
@@ -164,6 +164,7 @@ class TritonRunner:
         linear_kernel: str = "auto",
     ) -> None:
         self.config, self.scheme = config, scheme
+        self.takes_codes = isinstance(scheme, FP8) and scheme.activation == "per_token"
         self.watch_w2: Callable[[Tensor], None] = lambda x: None
         weights = GroupedFP8 if isinstance(scheme, FP8) else GroupedNVFP4
         self.w13, self.w2 = (weights(scheme, shape) for shape in expert_shapes(config))
@@ -190,15 +191,25 @@ class TritonRunner:
         return None
 
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+        return self._apply(x.contiguous(), ids, weights, w13, w2)
+
+    def apply_codes(
+        self, x: FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> Tensor:
+        return self._apply(x, ids, weights, w13, w2)
+
+    def _apply(
+        self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> Tensor:
         from ..gpu.grouped_gemm import finalize
 
-        if not len(x):
-            return x
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            outs = self._products(x.contiguous(), ids.contiguous(), w13, w2)
+        if not len(ids):
+            return weights.new_empty(0, self.config.hidden_size, dtype=torch.bfloat16)
+        with torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
+            outs = self._products(x, ids.contiguous(), w13, w2)
         return finalize(outs.view(*ids.shape, -1), weights.float().contiguous())
 
-    def _products(self, x: Tensor, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
+    def _products(self, x: Tensor | FP8Rows, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         """What the choices of every token give, BF16 [pairs, hidden_size]."""
         from ..gpu import grouped_gemm
         from ..gpu.blocks import make_blocks
@@ -206,13 +217,13 @@ class TritonRunner:
         kernels: Any = grouped_gemm  # to a type checker they take no launch options
         fp8 = isinstance(self.scheme, FP8)
         gate_up, down = (kernels.fp8_gate_up, kernels.fp8_down) if fp8 else (kernels.nvfp4_gate_up, kernels.nvfp4_down)
-        options = {} if fp8 else {"SCALED": self.scheme.activation != "none", "ASSEMBLY": x.is_cuda}
+        options = {} if fp8 else {"SCALED": self.scheme.activation != "none", "ASSEMBLY": ids.is_cuda}
 
         num_pairs, hidden, inner = ids.numel(), self.config.hidden_size, self.config.intermediate_size
         tile = self._tile("w13", num_pairs)
         blocks = make_blocks(ids, self.config.num_experts, tile.tokens)
         values, scale, choices = self._quantize(x, ids, w13, self.config.top_k)
-        activated = x.new_empty(num_pairs, inner)
+        activated = torch.empty(num_pairs, inner, dtype=torch.bfloat16, device=ids.device)
         gate_up[(inner // tile.rows, len(blocks[1]))](
             values, scale, *_weights(w13), activated, *blocks, num_pairs, hidden, inner,
             TOP_K=choices, **tile.options(), **options,
@@ -221,19 +232,23 @@ class TritonRunner:
         other, tile = tile, self._tile("w2", num_pairs)
         assert other.tokens == tile.tokens
         values, scale, _ = self._quantize(activated, ids, w2, 1)
-        out = x.new_empty(num_pairs, hidden)
+        out = torch.empty(num_pairs, hidden, dtype=torch.bfloat16, device=ids.device)
         down[(hidden // tile.rows, len(blocks[1]))](
             values, scale, *_weights(w2), out, *blocks, num_pairs, inner, hidden, **tile.options(), **options
         )
         return out
 
-    def _quantize(self, x: Tensor, ids: Tensor, packed: dict[str, Tensor], choices: int) -> tuple[Tensor, Tensor, int]:
+    def _quantize(
+        self, x: Tensor | FP8Rows, ids: Tensor, packed: dict[str, Tensor], choices: int
+    ) -> tuple[Tensor, Tensor, int]:
         """What a product sees of x, a scale a row, and how many pairs read a row in turn.
 
         With static scales every pair has a row of its own: experts may have unequal ones.
         """
         from ...quant.gpu.quantize import nvfp4_products, quantize_fp8
 
+        if isinstance(x, FP8Rows):
+            return x.codes, x.scale, choices
         quantize = quantize_fp8 if isinstance(self.scheme, FP8) else nvfp4_products
         if self.scheme.activation == "none":
             return x, x, choices

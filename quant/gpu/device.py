@@ -18,7 +18,7 @@ def on_own_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Conca
 
     @wraps(launch)
     def guarded(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not first.is_cuda:
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
             return launch(first, *args, **kwargs)
         with torch.cuda.device(first.device):
             return launch(first, *args, **kwargs)

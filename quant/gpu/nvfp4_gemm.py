@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .device import on_own_device
 from .nvfp4_widen import DEPTH, EPILOGUE, HALF, SCALES, first_half, real_order, second_half
+from .slices import sum_in_order
 
 
 class Tile(NamedTuple):
@@ -92,37 +93,8 @@ def _few_tokens(
         scale_ptr += 2 * SCALES * N
         total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
         total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
-    total, row, token = _sum_in_order(total), row[:, None], token[None, :]
+    total, row, token = sum_in_order(total), row[:, None], token[None, :]
     _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
-
-
-@triton.jit
-def _sum_in_order(parts):
-    """[SLICES, ROWS, TOKENS] -> [ROWS, TOKENS], part after part: ((p0 + p1) + p2) + ..."""
-    SLICES: tl.constexpr = parts.shape[0]
-    R: tl.constexpr = parts.shape[1]
-    T: tl.constexpr = parts.shape[2]
-    last = tl.permute(parts, (1, 2, 0))
-    if SLICES == 1:
-        total = last.reshape(R, T)
-    elif SLICES == 2:
-        p0, p1 = tl.split(last)
-        total = p0 + p1
-    elif SLICES == 4:
-        even, odd = tl.split(last.reshape(R, T, 2, 2))
-        p0, p2 = tl.split(even)
-        p1, p3 = tl.split(odd)
-        total = ((p0 + p1) + p2) + p3
-    else:
-        even, odd = tl.split(last.reshape(R, T, 2, 2, 2))
-        p04, p26 = tl.split(even)
-        p15, p37 = tl.split(odd)
-        p0, p4 = tl.split(p04)
-        p2, p6 = tl.split(p26)
-        p1, p5 = tl.split(p15)
-        p3, p7 = tl.split(p37)
-        total = ((((((p0 + p1) + p2) + p3) + p4) + p5) + p6) + p7
-    return total
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..device import Capability
 from ..errors import UnsupportedError
+from ..fp8_rows import FP8Rows
 from ..layout import pad_to
 from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
 from .activation import fp8_codes
@@ -86,34 +87,38 @@ class TorchFP8Kernel:
         return packed
 
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
-        if not len(x):
-            return x.new_empty(0, self.shape.num_rows, dtype=self.dtype)
-        x = pad_to(x, cols=TILE)
-        codes, scale = fp8_codes(x, self.scheme.activation, packed.get("input_scale"))
-        return self.multiply(codes, scale, packed, bias)
+        codes, scale = fp8_codes(pad_to(x, cols=TILE), self.scheme.activation, packed.get("input_scale"))
+        return self.multiply(FP8Rows(codes, scale), packed, bias)
+
+    @property
+    def takes_codes(self) -> bool:
+        """Of rows that need no padding along K."""
+        return self.scheme.activation == "per_token" and self.padded[1] == self.shape.cols
 
     def multiply(
         self,
-        codes: Tensor,
-        scale: Tensor,
+        rows: FP8Rows,
         packed: Stored,
         bias: Tensor | None = None,
         out: Tensor | None = None,
         *,
         fast: bool = False,
     ) -> Tensor:
-        """`apply` for activations that are quantized already: E4M3 codes [num_tokens, ceil(K, 16)], decode scales
-        float32 [num_tokens] or one for all; into `out` where it is given, BF16 [num_tokens, num_rows].
+        """`rows` have K columns, zero-padded like the weight's; one scale for all is as good as one a row.
 
-        On a GPU the bias is added before the result is rounded. `fast` (Hopper): sums stay in the tensor cores, which
-        keep fewer bits than float32, for the whole of K.
+        `out`: BF16 [num_tokens, num_rows] to write to, of a weight without padding. On a GPU the bias is added before
+        the result is rounded. `fast` (Hopper): sums stay in the tensor cores, which keep fewer bits than float32, for
+        the whole of K.
         """
-        within = bias is not None and codes.is_cuda and self.padded[0] == self.shape.num_rows
-        assert out is None or self.padded[0] == self.shape.num_rows
+        if not len(rows):
+            return rows.codes.new_empty(0, self.shape.num_rows, dtype=self.dtype)
+        whole = self.padded[0] == self.shape.num_rows
+        assert whole or out is None
+        within = bias is not None and whole and rows.codes.is_cuda
         product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            codes,
+            rows.codes,
             packed["weight"].t(),
-            scale_a=_aligned(scale.view(-1, 1).expand(len(codes), 1).contiguous()),
+            scale_a=_aligned(rows.scale.view(-1, 1).expand(len(rows), 1).contiguous()),
             scale_b=_aligned(packed["row_scale"]),
             bias=bias if within else None,
             out_dtype=torch.bfloat16,
@@ -125,7 +130,7 @@ class TorchFP8Kernel:
             return product
         return product + bias if out is None else product.add_(bias)
 
-    def rows(self, packed: Stored, part: slice) -> dict[str, Tensor]:
+    def rows_of(self, packed: Stored, part: slice) -> dict[str, Tensor]:
         """What `apply` of a kernel for some of the rows reads, multiples of 16: views."""
         return {"weight": packed["weight"][part], "row_scale": packed["row_scale"][:, part]}
 

@@ -94,7 +94,7 @@ class Row(msgspec.Struct):
 def frequencies(params, draws=40000):
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -30.0]]).expand(draws, -1)
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = sample(logits, [Row(params, u) for u in uniforms.tolist()])
+    drawn = sample(logits, [Row(params, u) for u in uniforms.tolist()]).read()
     ids, logprobs = torch.tensor([d.token for d in drawn]), torch.tensor([d.logprob for d in drawn])
     return torch.bincount(ids, minlength=6) / draws, ids, logprobs, logits[0]
 
@@ -123,5 +123,5 @@ def test_the_distribution_of_samples(params, allowed):
 @pytest.mark.parametrize("params", [SamplingParams(top_k=2), SamplingParams(top_p=0.5)], ids=["top_k", "top_p"])
 def test_the_largest_uniform_stays_within_the_allowed_tokens(params):
     logits = torch.tensor([[1.0, 0.0, 0.5, -2.0]])
-    (drawn,) = sample(logits, [Row(params, 1 - 2.0**-53)])
+    (drawn,) = sample(logits, [Row(params, 1 - 2.0**-53)]).read()
     assert drawn.token == 2  # the last of tokens 0 and 2

@@ -157,3 +157,55 @@ def test_flashinfers_attention_and_graphs(quant, tmp_path):
     assert max(near) < 0.2
     assert sum(same) > len(prompts) / 2
     assert all(out.routed_experts.min() >= 0 for out in outs["graphs"])
+
+
+def test_overlapped_steps(tmp_path):
+    """Steps launched ahead draw the same tokens, and launching one waits for nothing on the GPU."""
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(EXPERTS).bfloat16().save_pretrained(tmp_path)
+    prompts = [list(range(start, start + 5 + start % 40)) for start in range(0, 160, 9)]
+    params = SamplingParams(max_new_tokens=24, seed=3, ignore_eos=True)
+    outs = {}
+    for overlap in (False, True):
+        with Engine(tmp_path, EngineConfig(quant="fp8_channel", device="cuda", overlap=overlap)) as engine:
+            outs[overlap] = engine.generate(prompts, params)
+            if not overlap or engine.rollouts.forward.graphs is None:
+                continue
+            requests = engine._requests(prompts, params, None, routed=False)
+            engine.rollouts.submit(requests)
+            for _ in range(4):
+                engine.rollouts.step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(6):
+                    engine.rollouts.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert requests[0].in_flight == 1
+            engine.rollouts.abort(lambda request: True)
+    for a, b in zip(outs[False], outs[True], strict=True):
+        assert a.token_ids == b.token_ids
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=0)
+
+
+def test_an_fp8_kv_cache(tmp_path):
+    """FlashInfer reads codes; torch's attention the numbers that they stand for."""
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(EXPERTS).bfloat16().save_pretrained(tmp_path)
+    prompts = [list(range(start, start + 5 + start % 40)) for start in range(0, 160, 9)]
+    params, outs = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True), {}
+    for attention in ("torch", "auto"):
+        config = EngineConfig(device="cuda", kv_cache_dtype="fp8", attention=attention, kv_cache_tokens=4096)
+        with Engine(tmp_path, config) as engine:
+            if attention == "auto" and engine.rollouts.forward.graphs is None:
+                pytest.skip("flashinfer is not installed")
+            assert engine.rollouts.cache.holds_codes == (attention == "auto")
+            outs[attention] = engine.generate(prompts, params)
+    near = [
+        (a.logprobs[:4] - b.logprobs[:4]).abs().max().item()
+        for a, b in zip(outs["torch"], outs["auto"], strict=True)
+        if a.token_ids[:4] == b.token_ids[:4]
+    ]
+    print(f"{len(near)} of {len(prompts)} near torch's, off by {max(near):.3f} at the most")
+    assert len(near) > len(prompts) / 2
+    assert max(near) < 0.2

@@ -143,7 +143,7 @@ def test_draws_follow_the_distribution(params):
     uniforms = seeded_uniforms(1, draws).tolist()
     ids = [3 if t >= 100 else t for t in params.allowed_token_ids or ()]
     params = msgspec.structs.replace(params, allowed_token_ids=ids or None)
-    found = torch.tensor([one.token for one in sample(logits, [Row(params, u) for u in uniforms])])
+    found = torch.tensor([one.token for one in sample(logits, [Row(params, u) for u in uniforms]).read()])
     want = expected(logits[0], params).softmax(-1)
     if params.temperature == 0:
         want = torch.nn.functional.one_hot(want.argmax(), 100).float()
@@ -157,7 +157,7 @@ def test_the_reference_log_probs(params):
     uniforms = seeded_uniforms(2, 4).tolist()
     for mode in ("temperature", "sampled", "raw", "processed", None):
         one = msgspec.structs.replace(params, logprobs=mode, top_logprobs=4)
-        drawn = sample(logits, [Row(one, u) for u in uniforms])
+        drawn = sample(logits, [Row(one, u) for u in uniforms]).read()
         for row, draw in zip(logits, drawn, strict=True):
             want = expected(row, params) if mode == "processed" else row
             if mode in ("temperature", "sampled", None):
@@ -178,7 +178,7 @@ def test_the_sampling_mask_is_the_support(params):
     logits = make_logits(4, seed=2)
     masked = msgspec.structs.replace(params, sampling_mask=True)
     truncates_only = not params.changes_logits
-    for row, draw in zip(logits, sample(logits, [Row(masked)] * 4), strict=True):
+    for row, draw in zip(logits, sample(logits, [Row(masked)] * 4).read(), strict=True):
         support = expected(row, params).isfinite()
         if support.all():
             assert draw.mask is None
@@ -206,10 +206,10 @@ def test_a_row_does_not_depend_on_its_company(vocab, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
+        alone = [sample(logits[i : i + 1], rows[i : i + 1]).read()[0] for i in range(len(rows))]
         torch.set_num_threads(threads)
-        together = sample(logits, rows)
-        reversed_ = sample(logits.flip(0), rows[::-1])[::-1]
+        together = sample(logits, rows).read()
+        reversed_ = sample(logits.flip(0), rows[::-1]).read()[::-1]
     finally:
         torch.set_num_threads(before)
     for one, other, third in zip(alone, together, reversed_, strict=True):
@@ -246,16 +246,16 @@ def test_uniform_numbers():
 def test_broken_logits_are_an_error(bad, number, values):
     logits = make_logits(3)
     logits[1, 7] = bad
-    good, broken, other = sample(logits, [Row(SamplingParams(**values), number)] * 3)
+    good, broken, other = sample(logits, [Row(SamplingParams(**values), number)] * 3).read()
     assert isinstance(broken, NonFiniteError)
     assert "after 7 tokens" in str(broken)
     kept = [0, 2]
-    alone = sample(logits[kept], [Row(SamplingParams(**values), number)] * 2)
+    alone = sample(logits[kept], [Row(SamplingParams(**values), number)] * 2).read()
     assert [(d.token, d.logprob) for d in (good, other)] == [(d.token, d.logprob) for d in alone]
 
 
 def test_nothing_left_to_draw_is_an_error():
-    (error,) = sample(torch.full((1, 5), -torch.inf), [Row(SamplingParams(), 0.5, (1,), ())])
+    (error,) = sample(torch.full((1, 5), -torch.inf), [Row(SamplingParams(), 0.5, (1,), ())]).read()
     assert isinstance(error, NonFiniteError)
     assert "nothing that may be drawn" in str(error)
 
@@ -264,5 +264,5 @@ def test_nothing_left_to_draw_is_an_error():
 @pytest.mark.parametrize("bias", [1e6, -1e6])
 def test_the_largest_values_stay_finite(values, bias):
     params = SamplingParams(**values, logit_bias={5: bias}, repetition_penalty=1e-6, top_p=0.9)
-    (drawn,) = sample(make_logits(1), [Row(params)])
+    (drawn,) = sample(make_logits(1), [Row(params)]).read()
     assert drawn.logprob <= 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rollmill.engine import (
+    ConfigError,
     CoverageError,
     Engine,
     EngineConfig,
@@ -51,8 +52,9 @@ def test_an_empty_session_leaves_logits_bit_identical(make_engine):
         assert same(observe(engine), (logits, tokens, "1"))
 
 
-def test_a_source_that_dies_at_each_tensor_changes_nothing(make_engine, trainer):
-    with make_engine() as engine:
+@pytest.mark.parametrize("swap", ["staged", "host"])
+def test_a_source_that_dies_at_each_tensor_changes_nothing(swap, make_engine, trainer):
+    with make_engine(swap) as engine:
         before = observe(engine)
         pairs = list(trainer.items())
         for deadly in range(len(pairs)):
@@ -109,3 +111,14 @@ def test_unnamed_versions_count(make_engine, trainer):
     with make_engine() as engine:
         assert engine.weight_version == "initial"
         assert [engine.update_weights(trainer).version for _ in range(3)] == ["1", "2", "3"]
+
+
+def test_weights_that_find_no_room_at_the_start(make_engine, monkeypatch):
+    """Simulated: a CPU raises another error, where it raises one at all."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("rollmill.quant.slot.empty", full)
+    with pytest.raises(ConfigError, match=r"no memory for the packed weights with quant='.*choose a smaller format"):
+        make_engine()

@@ -23,6 +23,7 @@ from rollmill.quant.kernels.exact import ExactKernel
 from rollmill.quant.kernels.plain import PlainKernel
 from rollmill.quant.kernels.reference import ReferenceKernel
 from rollmill.quant.kernels.torch_fp8 import TorchFP8Kernel
+from rollmill.quant.kernels.triton_fp8 import TritonFP8Kernel
 from rollmill.quant.kernels.triton_nvfp4 import TritonNVFP4Kernel
 
 CPU = Capability(torch.device("cpu"), None, ())
@@ -302,6 +303,8 @@ def test_names_of_kernels_are_unique():
         (FP8(), CPU, torch.bfloat16, "exact"),
         (NVFP4(), CPU, torch.bfloat16, "exact"),
         (FP8(), HOPPER, torch.bfloat16, "torch_fp8"),
+        (FP8(), HOPPER_TRITON, torch.bfloat16, "triton_fp8"),
+        (FP8(), HOPPER_TRITON, torch.float16, "torch_fp8"),
         (NVFP4(), HOPPER, torch.bfloat16, "exact"),
         (NVFP4(), HOPPER_TRITON, torch.bfloat16, "triton_nvfp4"),
         (NVFP4(activation="none"), HOPPER_TRITON, torch.bfloat16, "triton_nvfp4"),
@@ -385,7 +388,7 @@ def test_torch_fp8_refuses_to_leave_activations_unquantized(per_channel):
 
 
 def test_every_reason_is_listed_when_no_kernel_can(monkeypatch):
-    for kernel in (ExactKernel, ReferenceKernel, TorchFP8Kernel, TritonNVFP4Kernel):
+    for kernel in (ExactKernel, ReferenceKernel, TorchFP8Kernel, TritonFP8Kernel, TritonNVFP4Kernel):
         monkeypatch.setattr(kernel, "unsupported", staticmethod(lambda *args, why=kernel.name: f"no {why} today"))
     with pytest.raises(UnsupportedError, match=r"no linear kernel for fp8 \[64, 64\] on sm90") as error:
         select_kernel(FP8(), SHAPE, HOPPER, torch.bfloat16)

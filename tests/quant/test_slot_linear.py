@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from rollmill.quant import BF16, FP8, NVFP4, Plain, QuantLinear, WeightShape, WeightSlot, find_capability, plain_slot
+from rollmill.quant import (
+    BF16,
+    FP8,
+    NVFP4,
+    AmaxMeter,
+    FP8Rows,
+    Plain,
+    QuantLinear,
+    UnsupportedError,
+    WeightShape,
+    WeightSlot,
+    find_capability,
+    plain_slot,
+)
+from rollmill.quant.kernels.activation import fp8_codes
 from rollmill.quant.kernels.exact import ExactKernel
 from rollmill.quant.kernels.reference import ReferenceKernel
 
@@ -180,3 +194,54 @@ def test_plain_slots_hold_weights_in_the_engines_dtype_and_scales_in_their_own(s
 def test_a_kept_plain_slot_keeps_its_tensor_when_it_does_not_arrive():
     slot = plain_slot(["m"], [1], None, Plain(dtype=torch.float32, tensor="k_scale"), CPU, torch.bfloat16, kept=True)
     assert slot.kept
+
+
+# inputs that come quantized
+
+
+@pytest.fixture
+def fp8_linear(fill, random_stored):
+    """A linear of `torch_fp8`, and FP8 rows for it with BF16 values."""
+    scheme, rows, cols = FP8(per_channel=True), (16, 24), 64
+    layer = QuantLinear(["q", "k"], rows, cols, scheme, capability=CPU, dtype=torch.bfloat16, kernel="torch_fp8")
+    fill(layer.slot, random_stored(scheme, rows, cols))
+    values = torch.randn(5, cols, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codes, scale = fp8_codes(values, "per_token", None)
+    return layer, FP8Rows(codes, scale[:, 0], values)
+
+
+def test_codes_give_what_values_give(fp8_linear):
+    layer, rows = fp8_linear
+    assert layer.takes_codes
+    assert torch.equal(layer(FP8Rows(rows.codes, rows.scale)), layer(rows.values))
+
+
+def test_a_meter_is_shown_the_values(fp8_linear):
+    layer, rows = fp8_linear
+    expected = layer(rows.values)
+    layer.slot.meter = meter = AmaxMeter(CPU.device)
+    assert not layer.takes_codes
+    assert torch.equal(layer(rows), expected)
+    assert meter.amax == rows.values.abs().max()
+
+
+def test_codes_alone_are_refused_where_values_are_read(fp8_linear):
+    layer, rows = fp8_linear
+    layer.slot.meter = AmaxMeter(CPU.device)
+    with pytest.raises(UnsupportedError, match="only FP8 codes were kept"):
+        layer(FP8Rows(rows.codes, rows.scale))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cols", "kernel"),
+    [
+        (FP8(activation="static"), 64, "torch_fp8"),
+        (FP8(), 72, "torch_fp8"),
+        (FP8(), 64, "exact"),
+        (NVFP4(), 64, "exact"),
+    ],
+    ids=["static", "K to be padded", "exact", "nvfp4"],
+)
+def test_linears_that_quantize_themselves(scheme, cols, kernel):
+    layer = QuantLinear(["q"], [16], cols, scheme, capability=CPU, dtype=torch.bfloat16, kernel=kernel)
+    assert not layer.takes_codes

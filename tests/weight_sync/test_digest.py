@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollmill.quant import NVFP4, make_scheme
-from rollmill.weight_sync.digest import combine_units, tensor_digest
+from rollmill.weight_sync.digest import combine_stack, tensor_digest
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 16383, 16384, 16385, 40000])
@@ -54,9 +54,13 @@ def test_views_and_alignment_do_not_matter():
     assert tensor_digest(matrix.t()) == tensor_digest(matrix.t().contiguous())
 
 
-def test_units_combine_in_any_order_but_not_in_any_place():
-    assert combine_units({0: 5, 1: 9}) == combine_units({1: 9, 0: 5})
-    assert combine_units({0: 5, 1: 9}) != combine_units({0: 9, 1: 5})
+def test_units_combine_by_place():
+    digests = torch.randint(-(2**62), 2**62, (7,), generator=torch.Generator().manual_seed(2))
+    mask = (1 << 64) - 1
+    total = sum(d * ((unit * 0x9E3779B97F4A7C15 & mask) | 1) for unit, d in enumerate(digests.tolist()))
+    assert combine_stack(digests) == total & mask
+    assert combine_stack(digests[:1]) == digests.tolist()[0] & mask
+    assert combine_stack(digests.flip(0)) != combine_stack(digests)
 
 
 @pytest.mark.parametrize("scheme", [NVFP4(), make_scheme("fp8")], ids=lambda s: s.name)

@@ -25,6 +25,12 @@ from rollmill.weight_sync import (
 NVFP4_TOKEN = NVFP4()
 
 
+@pytest.fixture(params=["staged", "host"])
+def load(request, cold_load):
+    """A cold load into a policy that swaps all or nothing."""
+    return lambda scheme, weights: cold_load(scheme, weights, request.param)
+
+
 @pytest.fixture
 def unchanged(snapshot):
     """Checks that a policy serves what it served when this was made."""
@@ -49,8 +55,8 @@ def without(weights, *names):
 @pytest.mark.parametrize(
     "name", ["k_proj.weight", "experts.2.up_proj.weight", "experts.0.down_proj.weight", "v_proj.bias"]
 )
-def test_a_missing_tensor_of_a_touched_layer(scheme, name, cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(scheme, weights_a)
+def test_a_missing_tensor_of_a_touched_layer(scheme, name, load, unchanged, weights_a, weights_b):
+    policy = load(scheme, weights_a)
     check = unchanged(policy)
     with pytest.raises(CoverageError, match=name.replace(".", r"\.")) as error:
         policy.update(without(weights_b, name), "1")
@@ -58,8 +64,8 @@ def test_a_missing_tensor_of_a_touched_layer(scheme, name, cold_load, unchanged,
     check()
 
 
-def test_unknown_names_are_listed(scheme, cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(scheme, weights_a)
+def test_unknown_names_are_listed(scheme, load, unchanged, weights_a, weights_b):
+    policy = load(scheme, weights_a)
     check = unchanged(policy)
     with pytest.raises(CoverageError, match="ghost") as error:
         policy.update({"ghost.weight": torch.ones(3), **weights_b, "other.bias": torch.ones(1)}, "1")
@@ -68,8 +74,8 @@ def test_unknown_names_are_listed(scheme, cold_load, unchanged, weights_a, weigh
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "q_proj.weight", "experts.1.gate_proj.weight"])
-def test_a_doubled_tensor(scheme, name, cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(scheme, weights_a)
+def test_a_doubled_tensor(scheme, name, load, unchanged, weights_a, weights_b):
+    policy = load(scheme, weights_a)
     check = unchanged(policy)
     with pytest.raises(CoverageError, match="duplicate") as error:
         policy.update([*weights_b.items(), (name, weights_b[name])], "1")
@@ -77,8 +83,8 @@ def test_a_doubled_tensor(scheme, name, cold_load, unchanged, weights_a, weights
     check()
 
 
-def test_split_and_joined_forms_of_one_weight_are_a_double(cold_load, unchanged, joined, weights_a, weights_b):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_split_and_joined_forms_of_one_weight_are_a_double(load, unchanged, joined, weights_a, weights_b):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     both = {**weights_b, "experts.gate_up_proj": joined(weights_b)["experts.gate_up_proj"]}
     with pytest.raises(CoverageError, match="duplicate"):
@@ -99,8 +105,8 @@ def test_split_and_joined_forms_of_one_weight_are_a_double(cold_load, unchanged,
     ],
     ids=str,
 )
-def test_a_misshaped_tensor(scheme, name, shape, cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(scheme, weights_a)
+def test_a_misshaped_tensor(scheme, name, shape, load, unchanged, weights_a, weights_b):
+    policy = load(scheme, weights_a)
     check = unchanged(policy)
     with pytest.raises(ShapeError, match=name.replace(".", r"\.")):
         policy.update({**weights_b, name: torch.zeros(shape)} if name in weights_b else {name: torch.zeros(shape)}, "1")
@@ -109,8 +115,8 @@ def test_a_misshaped_tensor(scheme, name, shape, cold_load, unchanged, weights_a
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("name", ["norm.weight", "v_proj.weight", "experts.2.up_proj.weight", "q_proj.bias"])
-def test_a_non_finite_tensor(scheme, name, value, cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(scheme, weights_a)
+def test_a_non_finite_tensor(scheme, name, value, load, unchanged, weights_a, weights_b):
+    policy = load(scheme, weights_a)
     check = unchanged(policy)
     broken = weights_b[name].clone()
     broken.flatten()[-1] = value
@@ -120,8 +126,8 @@ def test_a_non_finite_tensor(scheme, name, value, cold_load, unchanged, weights_
 
 
 @pytest.mark.parametrize("tensor", ["weight_scale", "weight_scale_2", "input_scale"])
-def test_a_non_finite_scale(tensor, cold_load, unchanged, weights_a):
-    policy = cold_load(NVFP4("static"), weights_a)
+def test_a_non_finite_scale(tensor, load, unchanged, weights_a):
+    policy = load(NVFP4("static"), weights_a)
     check = unchanged(policy)
     value = torch.tensor(float("nan"))
     if tensor == "weight_scale":
@@ -132,8 +138,8 @@ def test_a_non_finite_scale(tensor, cold_load, unchanged, weights_a):
 
 
 @pytest.mark.parametrize("missing", ["weight_scale", "weight_scale_2"])
-def test_a_missing_weight_scale_is_named(missing, cold_load, unchanged, weights_a):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_a_missing_weight_scale_is_named(missing, load, unchanged, weights_a):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     stored = {
         "odd_proj.weight": torch.zeros(1000, 520, dtype=torch.uint8),
@@ -146,16 +152,16 @@ def test_a_missing_weight_scale_is_named(missing, cold_load, unchanged, weights_
     check()
 
 
-def test_another_format_is_refused(cold_load, unchanged, weights_a):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_another_format_is_refused(load, unchanged, weights_a):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     with pytest.raises(UnsupportedError, match="odd_proj.weight is stored in fp8"):
         policy.update({"odd_proj.weight": torch.zeros(1000, 1040, dtype=torch.float8_e4m3fn)}, "1")
     check()
 
 
-def test_one_weight_in_two_formats_is_refused(cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_one_weight_in_two_formats_is_refused(load, unchanged, weights_a, weights_b):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     mixed = {"q_proj.weight": weights_b["q_proj.weight"], "k_proj.weight": torch.zeros(32, 32, dtype=torch.uint8)}
     with pytest.raises(ShapeError, match="k_proj.weight"):
@@ -163,23 +169,23 @@ def test_one_weight_in_two_formats_is_refused(cold_load, unchanged, weights_a, w
     check()
 
 
-def test_integers_are_no_weights(cold_load, unchanged, weights_a):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_integers_are_no_weights(load, unchanged, weights_a):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     with pytest.raises(ShapeError, match=r"norm\.weight: torch\.int64"):
         policy.update({"norm.weight": torch.ones(64, dtype=torch.int64)}, "1")
     check()
 
 
-def load_all(policy, source):
+def send_all(policy, source):
     with policy.begin("1") as session:
         for bucket in source:
             session.load(bucket)
 
 
 @pytest.mark.parametrize("mode", ["bucket", "iterator"])
-def test_the_source_dies_at_each_bucket(mode, cold_load, unchanged, buckets, weights_a, weights_b):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_the_source_dies_at_each_bucket(mode, load, unchanged, buckets, weights_a, weights_b):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     count = len(list(buckets(weights_b, 2)))
     for deadly in range(count):
@@ -192,7 +198,7 @@ def test_the_source_dies_at_each_bucket(mode, cold_load, unchanged, buckets, wei
 
         if mode == "bucket":
             with pytest.raises(ConnectionResetError):
-                load_all(policy, dying())
+                send_all(policy, dying())
         else:
             with pytest.raises(TransportError, match="last tensor received") as error:
                 policy.update((pair for bucket in dying() for pair in bucket), "1")
@@ -226,8 +232,8 @@ def test_a_failed_session_is_closed(cold_load, weights_a, weights_b):
 @pytest.mark.parametrize(
     "item", [("norm.weight", [1.0]), "norm.weight", ("norm.weight",), (1, torch.ones(1)), 7], ids=repr
 )
-def test_pairs_are_checked(item, cold_load, unchanged, weights_a):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_pairs_are_checked(item, load, unchanged, weights_a):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     with pytest.raises(ShapeError, match="pairs"):
         policy.update([item], "1")
@@ -249,7 +255,7 @@ def test_one_session_at_a_time(cold_load, weights_a):
     assert policy.version == "1"
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 def test_an_equal_version(mode, cold_load, unchanged, weights_a, weights_b):
     policy = cold_load(NVFP4_TOKEN, weights_a, mode=mode)
     policy.update(weights_b, "17")
@@ -310,8 +316,8 @@ def test_a_streamed_swap_is_not_served_before_it_ends(cold_load, weights_a, weig
     policy.check_servable()
 
 
-def test_a_tied_tensor_must_equal_its_twin(cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(make_scheme("bf16"), weights_a)
+def test_a_tied_tensor_must_equal_its_twin(load, unchanged, weights_a, weights_b):
+    policy = load(make_scheme("bf16"), weights_a)
     policy.plan.tied["twin.weight"] = "norm.weight"
     policy.update({"twin.weight": weights_b["norm.weight"], "norm.weight": weights_b["norm.weight"]}, "1")
     check = unchanged(policy)
@@ -320,9 +326,9 @@ def test_a_tied_tensor_must_equal_its_twin(cold_load, unchanged, weights_a, weig
     check()
 
 
-def test_a_vector_has_no_quantized_form(cold_load, unchanged, weights_a, weights_b):
+def test_a_vector_has_no_quantized_form(load, unchanged, weights_a, weights_b):
     """An FP8 norm once went through, was dequantized to a matrix, and tore the commit."""
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     norm = {"norm.weight": torch.zeros(64, dtype=torch.float8_e4m3fn), "norm.weight_scale": torch.tensor(1.0)}
     with pytest.raises(UnsupportedError, match="norm.weight: a vector has no fp8 form"):
@@ -373,8 +379,8 @@ def test_a_promised_digest_leaves_the_open_session_alone(cold_load, weights_a, w
 
 
 @pytest.mark.parametrize("version", [1, "", b"1", 1.5], ids=repr)
-def test_versions_are_strings(version, cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_versions_are_strings(version, load, unchanged, weights_a, weights_b):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     with pytest.raises(ConfigError, match="version"):
         policy.update(weights_b, version)
@@ -395,8 +401,8 @@ def test_unnamed_versions_never_repeat(cold_load, weights_a, weights_b):
     assert policy.update(weights_b, None).version == "6"
 
 
-def test_float32_that_overflows_bf16(cold_load, unchanged, weights_a, weights_b):
-    policy = cold_load(NVFP4_TOKEN, weights_a)
+def test_float32_that_overflows_bf16(load, unchanged, weights_a, weights_b):
+    policy = load(NVFP4_TOKEN, weights_a)
     check = unchanged(policy)
     with pytest.raises(NonFiniteError, match="norm.weight"):
         policy.update({**weights_b, "norm.weight": torch.full((64,), 3.4e38)}, "1")
@@ -407,8 +413,8 @@ def test_float32_that_overflows_bf16(cold_load, unchanged, weights_a, weights_b)
     ("name", "value"),
     [("odd_proj.input_scale", 0.0), ("odd_proj.input_scale", -1.0), ("odd_proj.weight_scale_2", -1.0)],
 )
-def test_scales_are_positive(name, value, cold_load, unchanged, weights_a):
-    policy = cold_load(NVFP4("static"), weights_a)
+def test_scales_are_positive(name, value, load, unchanged, weights_a):
+    policy = load(NVFP4("static"), weights_a)
     check = unchanged(policy)
     with pytest.raises(NonFiniteError, match=f"{name} must be positive"):
         policy.update({name: torch.tensor(value)}, "1")

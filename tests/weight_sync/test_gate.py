@@ -120,7 +120,7 @@ def test_flips_are_told_inside_the_gate_with_the_new_bytes_in_place(cold_load, g
     assert events == ["in", ("2", True), "out"]
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 def test_a_listener_that_fails_poisons(mode, cold_load, gate, events, snapshot, weights_a, weights_b):
     """It might be a prefix cache that could not be dropped."""
     policy = cold_load(NVFP4_TOKEN, weights_a, mode)
@@ -141,7 +141,7 @@ def test_a_listener_that_fails_poisons(mode, cold_load, gate, events, snapshot, 
     assert snapshot(policy) == snapshot(cold_load(NVFP4_TOKEN, weights_b))
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 def test_a_gate_that_does_not_open_changes_nothing(mode, cold_load, snapshot, weights_a, weights_b):
     policy = cold_load(NVFP4_TOKEN, weights_a, mode)
     before = snapshot(policy)
@@ -156,7 +156,7 @@ def test_a_gate_that_does_not_open_changes_nothing(mode, cold_load, snapshot, we
     policy.check_servable()
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 def test_closed_while_waiting_for_the_gate(mode, cold_load, events, weights_a, weights_b):
     policy = cold_load(NVFP4_TOKEN, weights_a, mode)
 

@@ -79,7 +79,7 @@ def test_a_merged_adapter_equals_a_cold_load_of_merged_weights(
     assert addresses(policy) == places
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 def test_adapters_replace_each_other(mode, load, cold_load, snapshot, weights_a):
     policy = load(NVFP4_TOKEN, weights_a, mode)
     first = make_adapter(weights_a, ["q_proj", "odd_proj", "experts.2.down_proj"])

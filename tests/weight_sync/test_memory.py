@@ -52,8 +52,10 @@ SCRIPT = """
 SLACK = 4 << 20  # temporaries of one chunk, Python objects
 
 
-@pytest.mark.parametrize("quant", ["bf16", "fp8", "nvfp4"])
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+CASES = [(mode, quant) for mode in ("staged", "streamed") for quant in ("bf16", "fp8", "nvfp4")]
+
+
+@pytest.mark.parametrize(("mode", "quant"), [*CASES, ("host", "fp8")])
 def test_peak_memory_of_a_swap(mode, quant):
     # freed blocks go back to the system at once, so that resident bytes are bytes in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -66,4 +68,4 @@ def test_peak_memory_of_a_swap(mode, quant):
     print({key: f"{value / 2**20:.1f} MiB" for key, value in {**found, "limit": limit}.items()})
     quantized = 0 if quant == "bf16" else found["group"] // 2  # a group's codes, between its BF16 and packed forms
     assert found["peak"] <= limit + quantized + SLACK
-    assert mode == "streamed" or found["peak"] > copies * 0.9  # the measure works
+    assert mode != "staged" or found["peak"] > copies * 0.9  # the measure works

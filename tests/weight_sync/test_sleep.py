@@ -32,7 +32,7 @@ def tensors_of(policy):
     return [t for slot in policy.plan.slots for t in slot.tensors.values()]
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 def test_a_bf16_swap_after_waking_gives_the_same_bytes(scheme, mode, cold_load, snapshot, weights_a, weights_b):
     """Static activation scales are sent once, before the first sleep."""
     policy = cold_load(scheme, weights_a, mode)
@@ -97,7 +97,7 @@ def test_asleep_nothing_is_served_or_swapped(cold_load, weights_a, weights_b):
     assert policy.digest() == policy.digest_of(weights_a) == digest
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 def test_awake_without_weights_wants_a_full_swap(mode, cold_load, snapshot, weights_a, weights_b):
     policy = cold_load(NVFP4_TOKEN, weights_a, mode)
     policy.sleep()
@@ -155,7 +155,7 @@ def test_sleep_waits_for_the_gate(cold_load, weights_a):
     assert events == [True, False]
 
 
-@pytest.mark.parametrize("mode", ["staged", "streamed"])
+@pytest.mark.parametrize("mode", ["staged", "host", "streamed"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
 @pytest.mark.parametrize("scheme", [BF16, make_scheme("fp8", "static"), NVFP4("static")], ids=lambda s: s.name)
 def test_a_master_restores_what_went_to_sleep(scheme, mode, adapted, cold_load, snapshot, weights_a, weights_b):

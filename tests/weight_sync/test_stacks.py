@@ -138,6 +138,27 @@ def test_the_same_bytes_and_digests_as_one_by_one(scheme, form, mode, backlog, s
     assert snapshot(policy) == snapshot(expected)
 
 
+@pytest.mark.parametrize("form", ["apart", "stacked"])
+def test_a_bucket_that_is_made_as_it_is_read_may_use_one_buffer(form, device, snapshot):
+    """Each tensor takes the memory of the one before, while the bucket is being loaded."""
+    policy, weights = make_policy(NVFP4(), device=device), stacked_weights(1)
+    sent = apart(weights) if form == "apart" else weights
+    buffer = torch.empty(max(w.numel() for w in sent.values()), dtype=torch.bfloat16, device=device)
+
+    def lazily():
+        for name, weight in sent.items():
+            view = buffer[: weight.numel()].view(weight.shape)
+            view.copy_(weight)
+            yield name, view
+            buffer.fill_(float("nan"))
+
+    with policy.begin("1") as session:
+        session.load(lazily())
+    expected = make_policy(NVFP4())
+    expected.update(weights, "1")
+    assert policy.digest() == expected.digest()
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp8", "fp8_channel", "nvfp4"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])

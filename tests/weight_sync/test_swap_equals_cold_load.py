@@ -50,8 +50,9 @@ def test_every_kernel_swaps_alike(kernel, cold_load, snapshot, weights_a, weight
     assert policy.digest() == cold_load(scheme, weights_b).digest()  # of stored values: no kernel in it
 
 
-def test_streamed_swap_gives_the_same_bytes(scheme, cold_load, snapshot, addresses, weights_a, weights_b):
-    policy = cold_load(scheme, weights_a, mode="streamed")
+@pytest.mark.parametrize("mode", ["host", "streamed"])
+def test_swaps_in_place_give_the_same_bytes(mode, scheme, cold_load, snapshot, addresses, weights_a, weights_b):
+    policy = cold_load(scheme, weights_a, mode=mode)
     before = addresses(policy)
     policy.update(weights_b, "hot")
     assert snapshot(policy) == snapshot(cold_load(scheme, weights_b))

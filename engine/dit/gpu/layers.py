@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....quant import UnsupportedError
+from ....quant.fp8_rows import FP8Rows
 from ....quant.kernels.plain import PlainKernel
 from ....quant.kernels.torch_fp8 import TorchFP8Kernel
 from ..linears import Linears
@@ -47,7 +48,7 @@ class Layer:
         if self.reads_codes:
             assert x.codes is not None
             assert x.scale is not None
-            return self.kernel.multiply(x.codes, x.scale, self.packed, self.bias, out, fast=True)
+            return self.kernel.multiply(FP8Rows(x.codes, x.scale), self.packed, self.bias, out, fast=True)
         assert x.rows is not None
         if out is None:
             return self.kernel.apply(x.rows, self.packed, self.bias)

@@ -31,8 +31,9 @@ class DecodeGraphs:
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """One new token of each sequence -> hidden states [num_sequences, hidden_size]; valid until the next run."""
+    def run(self, ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
+        """One new token of each sequence, int64 [num_sequences], -> hidden states [num_sequences, hidden_size], valid
+        until the next run."""
         size = next(size for size in self.sizes if size >= len(spans))
         if size not in self._graphs:
             self._capture(size)
@@ -80,11 +81,10 @@ class DecodeGraph:
         self.cache.store_routed(self.attend.slots, routed)
         return hidden
 
-    def run(self, ids: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def run(self, ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
         self.attend.plan(spans)
-        fresh = torch.tensor([ids, positions]).pin_memory()
-        self.ids[: len(ids)].copy_(fresh[0], non_blocking=True)
-        self.positions[: len(ids)].copy_(fresh[1], non_blocking=True)
+        self.ids[: len(ids)] = ids
+        self.positions[: len(ids)] = positions
         self.graph.replay()
         return self.hidden
 

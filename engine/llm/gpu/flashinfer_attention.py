@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..cached_attend import CachedAttend
 from ..kv_cache import KVCache
 from ..page_pool import PAGE_SIZE
 from ..paged_attention import Span
+from ..transfers import upload
 
 WORKSPACE_BYTES = 256 << 20
 HEAD_DIMS = (64, 128, 256)
@@ -34,11 +36,12 @@ class Kind(Struct, frozen=True):
 class FlashInferAttention:
     """Attention of one engine: workspace, and wrappers that are planned once a step for all layers of a kind."""
 
-    def __init__(self, cache: KVCache, specs: Sequence[AttentionSpec], num_heads: int) -> None:
-        self.cache, self.num_heads = cache, num_heads
+    def __init__(self, cache: KVCache, specs: Sequence[AttentionSpec], num_heads: int, dtype: torch.dtype) -> None:
+        self.cache, self.num_heads, self.dtype = cache, num_heads, dtype
         self.kinds = {kind_of(spec) for spec in specs}
         self.num_kv_heads, self.head_dim = specs[0].num_kv_heads, specs[0].key_dim
         self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.keys.device)
+        self._plan_read = torch.cuda.Event()
         self._eager = {kind: self._prefill_wrapper() for kind in self.kinds}
 
     @staticmethod
@@ -59,21 +62,30 @@ class FlashInferAttention:
 
     def step(self, spans: Sequence[Span]) -> StepAttention:
         """Attention for any step: each span's tokens see their sequence up to themselves."""
-        tables, counts = make_tables(spans), [span.end - span.start for span in spans]
-        starts = torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32))
-        for kind, wrapper in self._eager.items():
-            wrapper.plan(
-                starts,
-                *tables,
-                self.num_heads,
-                self.num_kv_heads,
-                self.head_dim,
-                PAGE_SIZE,
-                causal=True,
-                **self._options(kind),
-            )
-        slots = torch.tensor(slots_of(spans), device=self.cache.keys.device)
-        return StepAttention(self.cache, slots, self._eager)
+        counts = [span.end - span.start for span in spans]
+        starts = torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)).pin_memory()
+        with self.planning(spans) as tables:
+            for kind, wrapper in self._eager.items():
+                wrapper.plan(
+                    starts,
+                    *tables,
+                    self.num_heads,
+                    self.num_kv_heads,
+                    self.head_dim,
+                    PAGE_SIZE,
+                    causal=True,
+                    **self._options(kind),
+                )
+        return StepAttention(self.cache, upload(slots_of(spans), self.cache.keys.device), self._eager)
+
+    @contextmanager
+    def planning(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Page tables as plans want them, so that no plan waits for the GPU; FlashInfer copies out of pinned buffers
+        of its own, which must have been read before they are written again."""
+        self._plan_read.synchronize()
+        starts, pages, last = (table.pin_memory() for table in make_tables(spans))
+        yield starts, pages.to(self.cache.keys.device, non_blocking=True), last
+        self._plan_read.record(torch.cuda.current_stream(self.cache.keys.device))
 
     def decode_step(self, batch_size: int, max_pages: int) -> DecodeAttention:
         """Attention for a CUDA graph: one new token of each of `batch_size` sequences, of `max_pages` pages in all."""
@@ -88,7 +100,8 @@ class FlashInferAttention:
             "window_left": -1 if kind.window is None else kind.window - 1,
             "logits_soft_cap": kind.softcap,
             "sm_scale": kind.scale,
-            "q_data_type": self.cache.keys.dtype,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.cache.keys.dtype,
         }
 
 
@@ -130,11 +143,12 @@ class DecodeAttention(StepAttention):
     def plan(self, spans: Sequence[Span]) -> None:
         """Spans of one token each; where there are fewer than `batch_size`, the rest reads and writes page 0."""
         spans = [*spans, *[Span([0], 0, 1)] * (self.batch_size - len(spans))]
-        tables, owner = make_tables(spans), self.attention
-        for kind, wrapper in self.wrappers.items():
-            options = owner._options(kind)
-            wrapper.plan(*tables, owner.num_heads, owner.num_kv_heads, owner.head_dim, PAGE_SIZE, **options)
-        self.slots.copy_(torch.tensor(slots_of(spans)), non_blocking=True)
+        owner = self.attention
+        with owner.planning(spans) as tables:
+            for kind, wrapper in self.wrappers.items():
+                options = owner._options(kind)
+                wrapper.plan(*tables, owner.num_heads, owner.num_kv_heads, owner.head_dim, PAGE_SIZE, **options)
+        self.slots.copy_(upload(slots_of(spans), self.slots.device))
 
 
 def kind_of(spec: AttentionSpec) -> Kind:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ....quant import Plain
+from ....quant import FP8Rows, Plain, Reads
 from ....quant.numerics import decode_fp8, quantize_fp8_activation
 from ..attention import Attend, AttentionSpec
 from ..cached_attend import CachedAttend
@@ -15,11 +17,13 @@ from .fused import has_fused_kernels
 from .norms import Norm
 from .rope import Rotary, select_rotate
 
+KVScales = Literal["stored", "unit"]  # decode scales of an FP8 KV cache: a checkpoint's, or 1
+
 
 class Attention:
     """q, k and v are one fused linear; RMS norm over every head of q and k, or over whole rows, where configured."""
 
-    def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_cache: str | None) -> None:
+    def __init__(self, parts: Parts, config: DecoderConfig, layer: int, kv_scales: KVScales | None) -> None:
         self.config = attention = config.attention
         kind, head_dim = config.layers[layer], attention.head_dim
         self.spec = AttentionSpec(
@@ -48,17 +52,25 @@ class Attention:
             self.k_norm = parts.plain(prefix + "k_norm", head_dim if per_head else kv_rows)
         sinks = Plain(tensor="sinks")
         self.sinks = parts.plain(prefix[:-1], attention.num_heads, scheme=sinks) if attention.sinks else None
-        self.kv_scales = None if kv_cache is None else self._kv_scales(parts)
+        self.kv_scales = None if kv_scales is None else self._kv_scales(parts, kv_scales)
+        self.scales_matter = kv_scales == "stored"
 
-    def _kv_scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def _kv_scales(self, parts: Parts, kind: KVScales) -> tuple[Tensor, Tensor]:
         """Of k and v."""
+        if kind == "unit":
+            one = torch.ones(1, device=parts.capability.device)
+            return one, one
         k, v = Plain(torch.float32, "k_scale"), Plain(torch.float32, "v_scale")
         return (
             parts.plain(self.prefix + "k_proj", 1, scheme=k, kept=True),
             parts.plain(self.prefix + "v_proj", 1, scheme=v, kept=True),
         )
 
-    def __call__(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    @property
+    def reads(self) -> Reads:
+        return "codes" if self.qkv.takes_codes else "values"
+
+    def __call__(self, x: Tensor | FP8Rows, rotary: Rotary, attend: Attend) -> Tensor:
         qkv = self.qkv(x)
         if self.fusible and isinstance(attend, CachedAttend) and has_fused_kernels(qkv):
             out = self._attend_fused(qkv, rotary, attend)
@@ -67,7 +79,7 @@ class Attention:
         return self.out(out.flatten(-2))
 
     def _attend_fused(self, qkv: Tensor, rotary: Rotary, attend: CachedAttend) -> Tensor:
-        """One launch from q, k, v to the cache."""
+        """One launch from q, k, v to the cache. Where that holds codes, q takes k's scale, and the result v's."""
         from ..gpu.qkv import norm_rope_write
 
         cache, layer, norm = attend.cache, self.spec.layer, self.norm
@@ -76,7 +88,10 @@ class Attention:
             qkv, norms, norm.eps, norm.name, rotary, attend.slots,
             cache.keys[layer], cache.values[layer], self.config.num_heads, self.kv_scales,
         )  # fmt: skip
-        return attend.read(self.spec, q, self.sinks)
+        if self.kv_scales is None or not (cache.holds_codes and self.scales_matter):
+            return attend.read(self.spec, q, self.sinks)
+        k_scale, v_scale = self.kv_scales
+        return (attend.read(self.spec, (q * k_scale).to(q.dtype), self.sinks) * v_scale).to(q.dtype)
 
     def _attend(self, qkv: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         q, k, v = qkv.split(list(self.rows.values()), -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ....quant import FP8Rows, Reads
 from ..attention import Attend, AttentionSpec
 from ..decoder_config import DecoderConfig
 from ..parts import Parts
@@ -51,7 +52,12 @@ class LatentAttention:
         self.q_norm = parts.plain(self.prefix + "q_a_layernorm", rank)
         self.q_b = parts.linear(self.prefix, {"q_b_proj": rows}, rank)
 
-    def __call__(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    @property
+    def reads(self) -> Reads:
+        queries = self.q_b if self.q_a is None else self.q_a
+        return "codes" if self.kv_a.takes_codes and queries.takes_codes else "values"
+
+    def __call__(self, x: Tensor | FP8Rows, rotary: Rotary, attend: Attend) -> Tensor:
         latent, k_rope = self.kv_a(x).split([self.config.kv_rank, self.config.rope_dim], -1)
         kv = self.kv_b(self.norm(latent, self.kv_norm)).unflatten(-1, (self.num_heads, -1))
         k_nope, v = kv.split([self.config.nope_dim, self.config.value_dim], -1)
@@ -59,7 +65,7 @@ class LatentAttention:
         q = self._queries(x, rotary)
         return self.out(attend(self.spec, q, torch.cat([k_nope, k_rope], -1), v).flatten(-2))
 
-    def _queries(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def _queries(self, x: Tensor | FP8Rows, rotary: Rotary) -> Tensor:
         """[num_tokens, heads, nope_dim + rope_dim]"""
         if self.q_a is not None:
             x = self.norm(self.q_a(x), self.q_norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....moe import gated_activation
+from ....quant import FP8Rows, Reads
 from ..decoder_config import DecoderConfig
 from ..parts import Parts
 from .fused import has_fused_kernels
@@ -21,10 +22,16 @@ class MLP:
         self.activate = gated_activation(config.activation)
         self.fusible = config.activation == "silu"  # what `gpu/silu.py` computes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)
-        if self.fusible and has_fused_kernels(gate_up):
-            from ..gpu.silu import silu_and_mul
+    @property
+    def reads(self) -> Reads:
+        return "codes" if self.gate_up.takes_codes else "values"
 
-            return self.down(silu_and_mul(gate_up))
-        return self.down(self.activate(gate_up))
+    def __call__(self, x: Tensor | FP8Rows) -> Tensor:
+        gate_up = self.gate_up(x)
+        if not (self.fusible and has_fused_kernels(gate_up)):
+            return self.down(self.activate(gate_up))
+        from ..gpu.silu import silu_and_mul, silu_and_mul_quantize_fp8
+
+        if self.down.takes_codes:
+            return self.down(FP8Rows(*silu_and_mul_quantize_fp8(gate_up)))
+        return self.down(silu_and_mul(gate_up))

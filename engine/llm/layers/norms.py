@@ -9,6 +9,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from ....quant import FP8Rows, Reads
 from .fused import has_fused_kernels
 
 NormName = Literal["rms", "rms_wide", "rms_offset"]
@@ -27,16 +28,30 @@ class Norm(Struct, frozen=True):
             return rms_norm(x, weight, self.eps, self.name)
         return NORMS[self.name](x, weight, self.eps)
 
-    def of_sum(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x + y (None: nothing) and its norm."""
+    def of_sum(
+        self, x: Tensor, y: Tensor | None, weight: Tensor, reads: Reads = "values"
+    ) -> tuple[Tensor, Tensor | FP8Rows]:
+        """x + y (None: nothing) and its norm: with the codes that `reads` asks for, where fused kernels make them."""
+        if not has_fused_kernels(x):
+            x = x if y is None else x + y
+            return x, self(x, weight)
+        if reads != "values":
+            return self._with_codes(x, y, weight, reads)
         if y is None:
             return x, self(x, weight)
-        if has_fused_kernels(x):
-            from ..gpu.norms import add_rms_norm
+        from ..gpu.norms import add_rms_norm
 
-            return add_rms_norm(x, y, weight, self.eps, self.name)
-        x = x + y
-        return x, self(x, weight)
+        return add_rms_norm(x, y, weight, self.eps, self.name)
+
+    def _with_codes(self, x: Tensor, y: Tensor | None, weight: Tensor, reads: Reads) -> tuple[Tensor, FP8Rows]:
+        from ..gpu.norms import add_rms_norm_quantize_fp8, rms_norm_quantize_fp8
+
+        keep = reads == "both"
+        if y is None:
+            values, codes, scale = rms_norm_quantize_fp8(x, weight, self.eps, self.name, keep=keep)
+        else:
+            x, values, codes, scale = add_rms_norm_quantize_fp8(x, y, weight, self.eps, self.name, keep=keep)
+        return x, FP8Rows(codes, scale, values)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....moe import sigmoid
-from ....quant import Plain, matmul
+from ....moe import router_logits, sigmoid
+from ....quant import FP8Rows, Plain, Reads, matmul, values_of
 from ..decoder_config import DecoderConfig, SharedExpertConfig
 from ..parts import Parts
 from .mlp import MLP
@@ -28,8 +28,14 @@ class SparseMLP:
         self.experts = parts.experts(config, f"{prefix}.experts")
         self.shared = None if config.shared is None else SharedExpert(parts, config, config.shared, prefix)
 
-    def __call__(self, x: Tensor, routed: list[Tensor] | None) -> Tensor:
-        logits = matmul(x if self.dtype is None else x.to(self.dtype), self.gate, self.gate_bias)
+    @property
+    def reads(self) -> Reads:
+        """The router reads values."""
+        return "both" if self.experts.takes_codes else "values"
+
+    def __call__(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:
+        values = values_of(x)
+        logits = router_logits(values if self.dtype is None else values.to(self.dtype), self.gate, self.gate_bias)
         out, ids = self.experts.dispatch(x, logits, self.correction_bias)
         if routed is not None:
             routed.append(ids)
@@ -43,6 +49,6 @@ class SharedExpert:
         self.mlp = MLP(parts, config, f"{prefix}.{shared.module}.", shared.intermediate_size)
         self.gate = None if shared.gate is None else parts.plain(f"{prefix}.{shared.gate}", 1, config.hidden_size)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | FP8Rows) -> Tensor:
         out = self.mlp(x)
-        return out if self.gate is None else sigmoid(matmul(x, self.gate).float()).to(x.dtype) * out
+        return out if self.gate is None else sigmoid(matmul(values_of(x), self.gate).float()).to(out.dtype) * out

@@ -85,7 +85,7 @@ def test_what_a_bf16_model_would_be(modelopt_folder, capsys):
     arguments = ["--kernels", "--sm", "90", "--quant", "fp8", "--activation", "per_token", "--json"]
     assert main(["inspect", str(modelopt_folder("qwen3", "bf16")), *arguments]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["kernel"] for row in rows if row["verdict"] == "taken"} == {"torch_fp8"}
+    assert {row["kernel"] for row in rows if row["verdict"] == "taken"} == {"triton_fp8"}
 
 
 def test_nothing_to_inspect(capsys):

@@ -44,13 +44,15 @@ def folder(hf_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.Te
     return write
 
 
-@pytest.fixture
-def open_engine(folder: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
-    """`open_engine("llama", kv_cache_tokens=64)`: float32; closed after the test."""
+@pytest.fixture(params=[False, True], ids=["step_by_step", "overlapped"])
+def open_engine(folder: Callable[[str], Path], request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
+    """`open_engine("llama", kv_cache_tokens=64)`: float32; closed after the test. Steps wait for each other, or a step
+    is launched before the tokens of the one before are known."""
     opened: list[Engine] = []
 
     def make(family: str = "llama", **options: Any) -> Engine:
-        opened.append(Engine(folder(family), EngineConfig(**({"dtype": "float32"} | options))))
+        options = {"dtype": "float32", "overlap": request.param} | options
+        opened.append(Engine(folder(family), EngineConfig(**options)))
         return opened[-1]
 
     yield make

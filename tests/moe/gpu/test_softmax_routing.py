@@ -14,6 +14,9 @@ from rollmill.moe.gpu.routing import route_softmax  # noqa: E402 (after the conf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # keys of 64 and of 32 bits
+
+
 def random(tokens: int, experts: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(tokens + experts)
     return (torch.randn(tokens, experts, generator=generator) * 2).to(dtype)
@@ -51,22 +54,25 @@ def test_bf16_logits_have_ties_and_the_lower_id_is_first():
     assert bool((logits.gather(1, ids)[:, 1:] == logits.gather(1, ids)[:, :-1]).any()), "no tie was tested"
 
 
-def test_zeros_of_both_signs_are_equal():
-    ids, weights = call(torch.tensor([[-0.0, 0.0, -0.0, 0.0]]), 3, True)
+@dtypes
+def test_zeros_of_both_signs_are_equal(dtype: torch.dtype):
+    ids, weights = call(torch.tensor([[-0.0, 0.0, -0.0, 0.0]], dtype=dtype), 3, True)
     assert ids.tolist() == [[0, 1, 2]]
     torch.testing.assert_close(weights, torch.full((1, 3), 1 / 3))
 
 
-def test_far_apart_and_infinitely_low_logits():
-    logits = torch.tensor([[300.0, -300.0, float("-inf"), 0.0], [-3e38, 3e38, 0.0, -1.0]])
+@dtypes
+def test_far_apart_and_infinitely_low_logits(dtype: torch.dtype):
+    logits = torch.tensor([[300.0, -300.0, float("-inf"), 0.0], [-3e38, 3e38, 0.0, -1.0]], dtype=dtype)
     ids, weights = call(logits, 4, False)
     assert ids.tolist() == [[0, 3, 1, 2], [1, 2, 3, 0]]
     assert weights.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_ids_are_distinct_experts_whatever_the_logits(bad: float):
-    for logits in (torch.full((1, 6), bad), torch.tensor([[1.0, bad, 2.0, bad, bad, 0.0]])):
+@dtypes
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+def test_ids_are_distinct_experts_whatever_the_logits(bad: float, dtype: torch.dtype):
+    for logits in (torch.full((1, 6), bad, dtype=dtype), torch.tensor([[1.0, bad, 2.0, bad, bad, 0.0]], dtype=dtype)):
         (ids,) = call(logits, 4, True)[0].tolist()
         assert len(set(ids)) == 4
         assert set(ids) <= set(range(6))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rollmill.moe import MoeConfig
+from rollmill.moe import MoeConfig, RoutedExperts
 from rollmill.moe.runners.reference import expert_shapes
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES, GroupedNVFP4, TritonRunner
-from rollmill.quant import FP8, NVFP4, Capability, UnsupportedError, WeightShape, numerics
+from rollmill.quant import FP8, NVFP4, AmaxMeter, Capability, FP8Rows, UnsupportedError, WeightShape, numerics
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu import blocks  # noqa: E402 (after the conftest's set-up)
 from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402
 from rollmill.moe.gpu.pack import pack_nvfp4  # noqa: E402
+from rollmill.quant.gpu.quantize import quantize_fp8  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = Capability(DEVICE, 90, ("triton",))
@@ -214,3 +215,44 @@ def test_a_stack_is_packed_in_one_launch(shape: tuple[int, ...]):
     packed, block_scale = (t.cpu() for t in pack_nvfp4(codes.to(DEVICE), scales.to(DEVICE)))
     assert torch.equal(packed, expected["weight"])
     assert torch.equal(block_scale, expected["block_scale"])
+
+
+def test_codes_in_place_of_values_change_no_bit():
+    layer = Layer(SCHEMES["fp8_channel"])
+    x, ids, weights = (part.to(DEVICE) for part in tokens(5))
+    assert layer.runner.takes_codes
+    rows = FP8Rows(*quantize_fp8(x))
+    assert torch.equal(layer.runner.apply_codes(rows, ids, weights, *layer.packed).cpu(), layer(x, ids, weights))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_w4a16", "fp8_static"])
+def test_codes_are_for_fp8_per_token(name: str):
+    assert not Layer(SCHEMES[name]).runner.takes_codes
+
+
+@pytest.fixture
+def routed() -> tuple[RoutedExperts, torch.Tensor, torch.Tensor]:
+    """A layer of FP8 experts, tokens for it, and their logits."""
+    names = ("gate", "up", "down")
+    experts = RoutedExperts("e", names, CONFIG, SCHEMES["fp8_channel"], capability=HOPPER, dtype=torch.bfloat16)
+    for slot, packed in zip(experts.slots, Layer(SCHEMES["fp8_channel"]).packed, strict=True):
+        for key, tensor in packed.items():
+            slot.tensors[key].copy_(tensor)
+    x = tokens(5)[0].to(DEVICE)
+    return experts, x, torch.randn(5, CONFIG.num_experts, device=DEVICE)
+
+
+def test_a_layer_takes_codes_or_values(routed):
+    experts, x, logits = routed
+    rows = FP8Rows(*quantize_fp8(x), x)
+    assert experts.takes_codes
+    for given, expected in zip(experts.dispatch(rows, logits), experts.dispatch(x, logits), strict=True):
+        assert torch.equal(given, expected)
+
+
+def test_a_meter_is_shown_the_values(routed):
+    experts, x, logits = routed
+    experts.w13.meter = meter = AmaxMeter(DEVICE)
+    assert not experts.takes_codes
+    experts.dispatch(FP8Rows(*quantize_fp8(x), x), logits)
+    assert meter.amax == x.abs().max()

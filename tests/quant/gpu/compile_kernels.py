@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from rollmill.moe.gpu import grouped_gemm, pack
 from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, nvfp4_gemm, nvfp4_native, nvfp4_pack, quantize, word_sums
+from rollmill.quant.gpu import convert, fp8_gemm, nvfp4_gemm, nvfp4_native, nvfp4_pack, quantize, word_sums
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -73,8 +73,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "convert_nvfp4": (convert._nvfp4_kernel, CONVERT | STATE | {"scale_stride": "i32"}, TILES | layout, 8),
         "word_sums": (
             word_sums.word_sums_kernel,
-            {"words_ptr": "*i64", "multipliers_ptr": "*i64", "sums_ptr": "*i64", "num_words": "i32"},
-            {"ROW": 2048},
+            {"table_ptr": "*i64", "multipliers_ptr": "*i64", "sums_ptr": "*i64"},
+            {"STACKS": 16, "ROW": 2048},
             4,
         ),
         "pack_nvfp4": (
@@ -122,7 +122,23 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     }
 
 
-def tile_of(tile: nvfp4_gemm.Tile) -> dict[str, int]:
+def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every tile of the dense FP8 product of few tokens."""
+    codes = {"x_ptr": "*fp8e4nv", "token_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
+    rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "M": "i32", "N": "i32:16", "K": "i32:16", "steps": "i32"}
+    options = {"SLICES": fp8_gemm.SLICES, "RAGGED": False, "EACH": True, "BIAS": True}
+    return {
+        f"fp8_few_{most}": (
+            fp8_gemm.few_tokens_kernel,
+            codes | rest,
+            tile_of(tile) | {"DEPTH": tile.depth} | options,
+            fp8_gemm.SLICES,
+        )
+        for most, tile in fp8_gemm.TILES
+    }
+
+
+def tile_of(tile: nvfp4_gemm.Tile | fp8_gemm.Tile) -> dict[str, int]:
     return {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
 
 
@@ -176,6 +192,6 @@ def compile_one(
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
-    asked += [(name, parts, 90) for name, parts in (dense_kernels() | expert_kernels()).items()]
+    asked += [(name, parts, 90) for name, parts in (dense_kernels() | fp8_few_kernels() | expert_kernels()).items()]
     asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]
     print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from rollmill.quant.gpu import fp8_gemm  # noqa: E402 (where Triton is installed)
+
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 ARCHITECTURES = (90, 100, 103, 120)
 SHARED = {90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
@@ -56,6 +58,15 @@ def test_dense_kernels_compile_for_hopper_without_spills(compiled: dict[str, dic
     assert needs["shared"] <= SHARED[90]
     wanted = {"few": ["mma.sync"], "many": ["wgmma"]}.get(kernel.split("_")[0], [])
     assert needs["instructions"] == wanted
+
+
+def test_fp8_products_of_few_tokens_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]]):
+    found = {name: needs for name, needs in compiled.items() if name.startswith("fp8_few")}
+    assert len(found) == len(fp8_gemm.TILES)
+    for needs in found.values():
+        assert needs["STACK"] == needs["LOCAL"] == 0
+        assert needs["shared"] <= SHARED[90]
+        assert needs["instructions"] == ["mma.sync"]
 
 
 @pytest.mark.parametrize("most", ["12", "24", "96", "inf"])

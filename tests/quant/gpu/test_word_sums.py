@@ -21,14 +21,32 @@ def mix(index: int) -> int:
     return ((x ^ ((x - (1 << 64) if x >> 63 else x) >> 27)) & MASK) | 1
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 200])
-def test_the_documented_sum(size: int):
-    generator = torch.Generator().manual_seed(size)
-    words = torch.randint(-(2**63), 2**63 - 1, (3, size), generator=generator)
+def expected_sum(unit: bytes, factors: list[int], constant: int) -> int:
+    words = [int.from_bytes(unit[i : i + 8], "little") for i in range(0, len(unit), 8)]
+    return (sum(w * factors[i % 64] * mix(i // 64 + 1) for i, w in enumerate(words)) + constant) & MASK
+
+
+def check(stacks: list[torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(len(stacks))
     multipliers = torch.randint(-(2**63), 2**63 - 1, (64,), generator=generator)
-    factors = multipliers.tolist()
-    expected = [
-        sum(word * factors[i % 64] * mix(i // 64 + 1) for i, word in enumerate(unit)) & MASK for unit in words.tolist()
-    ]
-    sums = word_sums(words.to(DEVICE), multipliers.to(DEVICE)).tolist()
-    assert [value & MASK for value in sums] == expected
+    constants = [7 * i - 3 for i in range(len(stacks))]
+    found = word_sums([stack.to(DEVICE) for stack in stacks], multipliers.to(DEVICE), constants)
+    for stack, sums, constant in zip(stacks, found, constants, strict=True):
+        units = [unit.numpy().tobytes() for unit in stack]
+        assert [value & MASK for value in sums.tolist()] == [
+            expected_sum(unit, multipliers.tolist(), constant) for unit in units
+        ]
+
+
+@pytest.mark.parametrize("halves", [1, 2, 3, 126, 128, 129, 131, 400])
+def test_the_documented_sum(halves: int):
+    """Odd numbers of halves: every other unit begins beside an address of 8."""
+    generator = torch.Generator().manual_seed(halves)
+    check([torch.randint(0, 256, (3, 4 * halves), dtype=torch.uint8, generator=generator)])
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 17])
+def test_many_stacks_in_one_launch(count: int):
+    generator = torch.Generator().manual_seed(count)
+    shapes = [(1 + i % 5, 4 * (1 + i * 37 % 211)) for i in range(count)]
+    check([torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes])

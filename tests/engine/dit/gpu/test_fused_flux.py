@@ -57,6 +57,8 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def make(config: dict[str, Any], weights: dict[str, torch.Tensor], quant: str, **options: Any) -> Transformer:
+    slow = quant.startswith("fp8") and DEVICE.type == "cpu"  # a product in the interpreter
+    options = {"linear_kernel": "torch_fp8" if slow else "auto", **options}
     settings = EngineConfig(quant=quant, **options)  # pyright: ignore[reportArgumentType]
     resolver = SchemeResolver(settings, None, set(), read_toggles(), default_keep(config["_class_name"]))
     made = Transformer(

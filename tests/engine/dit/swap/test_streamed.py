@@ -1,4 +1,5 @@
-"""`swap="streamed"` keeps no second copy: what fails half-way poisons, and only a full swap cures."""
+"""`swap="streamed"` keeps no second copy: what fails half-way poisons, and only a full swap cures.
+`swap="host"` writes in place, too, and undoes it."""
 
 from __future__ import annotations
 
@@ -70,6 +71,19 @@ def test_killed_half_way(error, dual, model, quant, dit, open_engine, other_weig
     left, right = (one.generate(embeds, PARAMS)[0] for one in (engine, fresh))
     assert torch.equal(left.latents, right.latents)
     assert left.weight_version == "2"
+
+
+@pytest.mark.parametrize("dual", [None, "bf16"])
+def test_host_mode_undoes_what_was_written(dual, model, quant, dit, open_engine, other_weights, snapshot, embeds):
+    engine = open_engine(dit(model), quant=quant, dual=dual, swap="host")
+    before, sample = snapshot(engine), engine.generate(embeds, PARAMS)[0]
+    with pytest.raises(TransportError):
+        engine.update_weights(killed(other_weights(model), 40, ConnectionResetError("gone")), version="1")
+    assert (snapshot(engine), engine.weight_version, engine.info()["poisoned"]) == (before, "initial", None)
+    again = engine.generate(embeds, PARAMS)[0]
+    assert torch.equal(again.latents, sample.latents)
+    assert engine.update_weights(other_weights(model), version="1").status == "committed"
+    assert snapshot(engine) != before
 
 
 def test_what_fails_before_the_first_byte_poisons_nothing(model, dit, open_engine, other_weights, unchanged):

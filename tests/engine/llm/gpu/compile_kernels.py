@@ -18,11 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rollmill.engine.llm.gpu import norms, qkv, silu
-from rollmill.moe.gpu import blocks, routing
+from rollmill.engine.llm.gpu import norms, qkv, sampling, silu
+from rollmill.moe.gpu import blocks, router, routing
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-BF16, FP32, FP8, I32, I64, U8 = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64", "*u8"
+BF16, FP32, F64, FP8, I32, I64, U8 = "*bf16", "*fp32", "*fp64", "*fp8e4nv", "*i32", "*i64", "*u8"
 SIXTEENS = ("K", "qkv_stride", "key_stride", "value_stride", "num_experts")  # multiples of 16, as Triton finds them
 SIZES = {"num_rows": "i32", "K": "i32"}
 TOKEN = {"token_ptr": FP32}
@@ -45,11 +45,19 @@ QKV = {
     **dict.fromkeys(("qkv_stride", "key_stride", "value_stride"), "i32"),
 }
 ROUTE = {"logits_ptr": BF16, "ids_ptr": I64, "weights_ptr": FP32, "num_experts": "i32", "scaling": "fp32"}
+ROUTER = {
+    **{f"{name}_ptr": BF16 for name in ("x", "w", "logits")},
+    **dict.fromkeys(("M", "num_experts", "K", "steps"), "i32"),
+}
 BLOCKS = {
     "ids_ptr": I64,
     **dict.fromkeys(("counts_ptr", "pairs_ptr", "experts_ptr"), I32),
     **dict.fromkeys(("num_pairs", "num_blocks", "num_experts"), "i32"),
 }
+PARTS = {"sums_ptr": FP32, "peaks_ptr": FP32, "best_ptr": I32}
+STRIDES = dict.fromkeys(("vocab", "stride", "num_parts"), "i32")
+LOGITS = {"logits_ptr": BF16, "temperature_ptr": FP32}
+DRAW = LOGITS | {"uniform_ptr": F64} | PARTS | {"ids_ptr": I64, "values_ptr": F64, "num_rows": "i32"} | STRIDES
 GATED = {"gate_up_ptr": BF16, "static_ptr": FP32}
 ROW = {"ROWS": 1, "BLOCK_K": 2048}  # Qwen3-30B-A3B's hidden size
 WIDE = {"ROWS": 1, "BLOCK_K": 16384}  # the most of an intermediate size
@@ -61,7 +69,7 @@ HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 4, "HEAD_DIM": 128, "ROTARY_DIM": 128,
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Name -> kernel, signature, constants, warps."""
     quantized = NORM_OF | {"QUANTIZE": True}
-    routed = {"TOP_K": 8, "CHOICES": 8, "RENORMALIZE": True}
+    routed = {"TOP_K": 8, "CHOICES": 8, "RENORMALIZE": True, "SHORT": True}
     partly = {"ROTARY_DIM": 64, "NORM": "none", "CACHE": "bf16"}
     fp8_cache = QKV | {"keys_ptr": FP8, "values_ptr": FP8}
     blocked = {"EXPERTS": 128, "CHUNK": 1024}
@@ -74,8 +82,11 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "norm_rope_write": (qkv._qkv_kernel, QKV, HEADS | {"NORM": "rms", "CACHE": "bf16"}, 2),
         "norm_rope_write partly turned": (qkv._qkv_kernel, QKV, HEADS | partly, 2),
         "norm_rope_write fp8": (qkv._qkv_kernel, fp8_cache, HEADS | {"NORM": "rms", "CACHE": "fp8"}, 2),
+        "router": (router.logits_kernel, ROUTER, router.TILE | {"RAGGED": False}, router.TILE["SLICES"]),
         "route_softmax 128": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 128}, 1),
-        "route_softmax 512": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 512}, 4),
+        "route_softmax 512": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 512, "SHORT": False}, 4),
+        "sums of a vocabulary": (sampling._sum_kernel, LOGITS | PARTS | STRIDES, {"BLOCK": 256, "PART": 16}, 8),
+        "draw": (sampling._draw_kernel, DRAW, {"BLOCK": 256, "PART": 16, "PARTS": 64}, 4),
         "make_blocks 8": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 16, "PAIRS": 128}, 4),
         "make_blocks 4096": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 64, "PAIRS": 4096}, 16),
         "silu_and_mul": (

@@ -140,6 +140,8 @@ STEPS: dict[str, Callable[[], Step]] = {
     "torch_fp8 per token": lambda: linear(FP8(), "torch_fp8"),
     "torch_fp8 per tensor": lambda: linear(FP8(activation="per_tensor"), "torch_fp8"),
     "torch_fp8 static": lambda: linear(FP8(activation="static"), "torch_fp8"),
+    "triton_fp8 per token": lambda: linear(FP8(), "triton_fp8"),
+    "triton_fp8 static": lambda: linear(FP8(activation="static"), "triton_fp8"),
     "exact fp8 per token": lambda: linear(FP8(), "exact"),
     "exact fp8 static": lambda: linear(FP8(activation="static"), "exact"),
     "exact nvfp4 per token": lambda: linear(NVFP4(), "exact"),

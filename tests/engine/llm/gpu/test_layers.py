@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rollmill.engine import Engine
+from rollmill.engine import Engine, EngineConfig
+from rollmill.engine.llm.attention import AttentionSpec
 from rollmill.engine.llm.decoder import Decoder
 from rollmill.engine.llm.kv_cache import KVCache
+from rollmill.engine.llm.layers.rope import rotary
 from rollmill.engine.llm.page_pool import PAGE_SIZE
 from rollmill.engine.llm.paged_attention import PagedAttention, Span
 
@@ -86,3 +88,44 @@ def test_hidden_states_and_cache_are_within_a_bf16_step(name: str, export: str, 
         assert float((expected - found).norm() / expected.norm()) < 2**-8
     last = {"route_softmax"} if name == "qwen3_moe" else {"silu_and_mul"}
     assert fused[2] == {"rms_norm", "add_rms_norm", "norm_rope_write"} | last
+
+
+class CodesAttend(PagedAttention):
+    """Reads a cache of FP8 codes as numbers, without their scales."""
+
+    def read(self, spec: AttentionSpec, q: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        kept = self.cache.keys, self.cache.values
+        self.cache.keys, self.cache.values = (codes.to(q.dtype) for codes in kept)
+        try:
+            return super().read(spec, q, sinks)
+        finally:
+            self.cache.keys, self.cache.values = kept
+
+
+@pytest.mark.parametrize("export", ["bf16", "fp8_kvfp8"], ids=["scales of 1", "scales of a checkpoint"])
+def test_a_cache_of_fp8_codes(export: str, modelopt_folder, monkeypatch: pytest.MonkeyPatch):
+    """Attention over codes is near to attention over the numbers that they stand for, out of half the memory."""
+    monkeypatch.setattr("rollmill.engine.llm.layers.fused.has_kernels", lambda x: True)
+    with Engine(modelopt_folder("qwen3", export), EngineConfig(kv_cache_dtype="fp8")) as engine:
+        model, found = engine.model, []
+        assert model.rounds_kv
+        assert model.unwritable_as_codes() is None
+        attention = model.layers[0].attention
+        attention.out = lambda x: x.float()
+        x = torch.randn(sum(LENGTHS), model.config.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+        positions = torch.cat([torch.arange(length) for length in LENGTHS])
+        turn = rotary(model.inv_freqs[0], 1.0, positions, torch.bfloat16)
+        for dtype, attend in ((torch.bfloat16, PagedAttention), (torch.float8_e4m3fn, CodesAttend)):
+            cache = KVCache(model.attention_specs, model.routing, 8, dtype, model.device)
+            cache.clear(range(8))
+            found.append((attention(x.to(model.device), turn, attend(cache, spans())), cache))
+    (expected, numbers), (out, codes) = found
+    assert float((expected - out).norm() / expected.norm()) < 2**-7
+    assert codes.holds_codes
+    assert codes.keys.nbytes * 2 == numbers.keys.nbytes
+    scales = [float(scale) for scale in attention.kv_scales]
+    assert (scales == [1, 1]) == (export == "bf16")
+    for kept, exact, scale in zip((codes.keys, codes.values), (numbers.keys, numbers.values), scales, strict=True):
+        torch.testing.assert_close(kept[0].float() * scale, exact[0].float(), rtol=2**-8, atol=0)
+    codes.copy(1, 3)
+    assert torch.equal(codes.keys[:, 48:64].view(torch.uint8), codes.keys[:, 16:32].view(torch.uint8))
