@@ -160,9 +160,10 @@ def logprob_distances(engine: Any, model: Any, samples: list[Any]) -> torch.Tens
             name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in engine.step_inputs(few, step).items()
         }
         with torch.no_grad():
-            velocity = model(**given, return_dict=False)[0].float().cpu()
+            velocity = model(**given, return_dict=False)[0].float()
         for sample, one in zip(few, velocity, strict=True):
-            found.append(abs(float(sample.step_logprob(step, one)) - float(sample.logprobs[step])))
+            theirs = sample.step_logprob(step, one.to(sample.latents.device))
+            found.append(abs(float(theirs) - float(sample.logprobs[step])))
     return torch.tensor(found)
 
 
@@ -224,8 +225,8 @@ def main() -> None:
             results += measure(quant, folder, config, model, arguments)
             gc.collect()
             torch.cuda.empty_cache()
-    if not arguments.no_save:
-        save("gpu_flux", results)
+            if not arguments.no_save:
+                save("gpu_flux", results)
 
 
 if __name__ == "__main__":

@@ -44,5 +44,4 @@ class TritonFP8Kernel(TorchFP8Kernel):
         if len(rows) > most_tokens(self.shape.num_rows):
             return super().multiply(rows, packed, bias, out, fast=fast)
         row_scale, num_rows = packed["row_scale"][0], self.shape.num_rows
-        product = few_tokens(rows.codes, rows.scale, packed["weight"], row_scale, num_rows, bias)
-        return product if out is None else out.copy_(product)
+        return few_tokens(rows.codes, rows.scale, packed["weight"], row_scale, num_rows, bias, out)

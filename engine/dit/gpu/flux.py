@@ -20,7 +20,6 @@ from ....quant.gpu.quantize import quantize_fp8
 from ..linears import Linears
 from .activations import Activations
 from .attention import attend
-from .beside import Beside
 from .gelu import gelu, join_gelu
 from .layers import Layer, as_read_by
 from .modulate import add_gated, norm_modulate
@@ -86,7 +85,6 @@ class FusedFlux:
         self.embed = Both(self._layer("context_embedder"), self._layer("x_embedder"))
         self.double = [self._double(i) for i in range(len(module.transformer_blocks))]
         self.single = [self._single(i) for i in range(len(module.single_transformer_blocks))]
-        self._beside, self._mlp_beside = (Beside(module.proj_out.weight.device) for _ in range(2))
         self.last_modulation, self.last = self._layer("norm_out.linear"), self._layer("proj_out")
 
     def layers(self) -> Iterator[Layer]:
@@ -177,24 +175,17 @@ class FusedFlux:
         return self.last(x).view(streams.batch, -1, self.last.num_rows)[:, streams.text :]
 
     def _modulations(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor) -> Iterator[Tensor]:
-        """[num_streams, batch, parts * hidden_size] of every block and of the end: from one vector a sample, which is
-        activated and quantized once. They read many weights for few products: beside the blocks before theirs."""
+        """[num_streams, batch, parts * hidden_size] of every block and of the end, when it is asked for: from one
+        vector a sample, which is activated and quantized once."""
         conditions = [timestep.to(torch.bfloat16) * 1000]  # in the model's dtype, as diffusers rounds it
         if guidance is not None:
             conditions.append(guidance.to(torch.bfloat16) * 1000)
         vector = F.silu(self.module.time_text_embed(*conditions, pooled))
         x = _activations(vector, as_read_by(*itertools.chain(*self._modulation_layers()))["quantize"])
-        tables = [
-            vector.new_empty(len(layers), len(vector), layers[0].num_rows) for layers in self._modulation_layers()
-        ]
-        marks: list[Any] = []
-        with self._beside.fork():
-            for table, layers in zip(tables, self._modulation_layers(), strict=True):
-                for rows, layer in zip(table, layers, strict=True):
-                    layer(x, rows)
-                marks.append(self._beside.mark())
-        for table, mark in zip(tables, marks, strict=True):
-            self._beside.wait(mark)
+        for layers in self._modulation_layers():
+            table = vector.new_empty(len(layers), len(vector), layers[0].num_rows)
+            for rows, layer in zip(table, layers, strict=True):
+                layer(x, rows)
             yield table
 
     def _modulation_layers(self) -> list[tuple[Layer, ...]]:
@@ -225,19 +216,10 @@ class FusedFlux:
         shift, scale, gate = table.chunk(3, dim=-1)
         x = norm_modulate(h, scale, shift, joint, EPS, pending, **as_read_by(block.qkv, block.inner))
         qkv = qk_norm_rope(block.qkv(x), block.norms, *rotary, joint, EPS)
-        plain = block.inner.is_plain and block.outer.is_plain
-        mlp = qkv.new_empty(joint.num_rows, block.inner.num_rows)
-        with self._mlp_beside.fork():
-            if plain:
-                block.inner.gelu(x, mlp)
-            else:
-                block.inner(x, mlp)
-            mark = self._mlp_beside.mark()
         attention = attend(qkv, joint, self.num_heads)
-        self._mlp_beside.wait(mark)
-        if plain:
-            return block.outer.sum_over(attention, mlp), gate
-        return block.outer(join_gelu(attention, mlp, joint, **as_read_by(block.outer))), gate
+        if block.inner.is_plain and block.outer.is_plain:
+            return block.outer.sum_over(attention, block.inner.gelu(x)), gate
+        return block.outer(join_gelu(attention, block.inner(x), joint, **as_read_by(block.outer))), gate
 
 
 def changed_part(module: Any) -> str | None:

@@ -17,7 +17,6 @@ from .flux import FusedFlux
 
 FORWARDS = {forward.TRANSFORMER: forward for forward in (FusedFlux,)}
 MOST_GRAPHS = 8
-FIRST = -1  # priority of what others run beside: they fill the multiprocessors that its last programs leave
 
 log = logging.getLogger("rollmill")
 
@@ -110,7 +109,7 @@ class ForwardGraph:
         self.addresses = addresses
         self.inputs = {name: value.clone() for name, value in given.items()}
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(priority=FIRST)
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward(**self.inputs)  # compiles what compiles on first use
