@@ -183,17 +183,20 @@ def on_hopper(scheme, rows=ROWS, kernel="torch_fp8"):
 
 
 @multiplies_rows
+@pytest.mark.parametrize("kernel", ["torch_fp8", "triton_fp8"])
 @pytest.mark.parametrize("name", ["bf16", "fp8-per_token", "fp8_channel"])
-def test_on_a_gpu_siblings_are_rows_of_one_product(name, weights):
+def test_on_a_gpu_siblings_are_rows_of_one_product(name, kernel, weights):
     """One packed weight; every sibling computes its rows of it, as it would alone."""
+    if kernel == "triton_fp8":
+        pytest.importorskip("triton", reason="triton is not installed")
     scheme = SCHEMES[name]
-    siblings, x = on_hopper(scheme), normal(7, COLS, seed=9).bfloat16().to(DEVICE)
+    siblings, x = on_hopper(scheme, kernel=kernel), normal(7, COLS, seed=9).bfloat16().to(DEVICE)
     load(siblings.slot, weights, scheme)
     assert siblings.joined is not None
     whole = siblings.joined.apply(x, siblings.slot.tensors)
     for shard, (module, expected) in enumerate(zip(MODULES, whole.split(ROWS, dim=-1), strict=True)):
         alone = QuantLinear(
-            [module], [ROWS[shard]], COLS, scheme, capability=HOPPER, dtype=torch.bfloat16, kernel="torch_fp8"
+            [module], [ROWS[shard]], COLS, scheme, capability=HOPPER, dtype=torch.bfloat16, kernel=kernel
         )
         load(alone.slot, {f"{module}.weight": weights[f"{module}.weight"]}, scheme)
         assert torch.equal(siblings.apply(shard, x), alone(x))
