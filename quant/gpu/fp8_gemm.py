@@ -119,15 +119,23 @@ def most_tokens(num_rows: int) -> int:
 
 @on_own_device
 def few_tokens(
-    codes: Tensor, scale: Tensor, weight: Tensor, row_scale: Tensor, num_rows: int, bias: Tensor | None = None
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    num_rows: int,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """E4M3 codes [M, K] and weight [at least num_rows, K], row-major, K a multiple of 16 -> BF16 [M, num_rows].
+    """E4M3 codes [M, K] and weight [at least num_rows, K], row-major, K a multiple of 16 -> BF16 [M, num_rows], in
+    `out` where it is given.
 
     Decode scales: `scale` float32 [M], or one for all, `row_scale` float32, one a row. `bias` [num_rows].
     """
     M, K = codes.shape
     tile = next(tile for most, tile in TILES if most >= min(M, TILES[-1][0]))
-    out = torch.empty(M, num_rows, dtype=torch.bfloat16, device=codes.device)
+    out = torch.empty(M, num_rows, dtype=torch.bfloat16, device=codes.device) if out is None else out
+    assert out.is_contiguous()
     part = -(-K // (SLICES * CUT)) * CUT
     if M:
         few_tokens_kernel[(-(-num_rows // tile.rows), -(-M // tile.tokens))](
