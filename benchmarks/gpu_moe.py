@@ -1,33 +1,41 @@
-"""One layer of routed experts of Qwen3-30B-A3B's shape on a GPU: FP8 and NVFP4 W4A16, in a CUDA graph.
+"""One layer of routed experts of Qwen3-30B-A3B's shape on a GPU, in a CUDA graph: BF16, FP8, NVFP4 W4A16, W4A4's twin.
 
     python benchmarks/gpu_moe.py [--peers] [--sweep TOKENS ...] [--once TOKENS ...]
 
 Limit: the bytes of the experts that are touched at the rate of a copy, or the multiplications at the GPU's measured
-peak, whichever takes longer. `--peers` times SGLang and vLLM beside it (see peers_moe.py). `--sweep` times the products
-alone over tiles, to fill the runner's tables; `--once` launches every product once, for a profiler to look at.
+peak, whichever takes longer. Calls take turns with several sets of tokens, so that the L2 holds the experts of no
+other. `--peers` times SGLang and vLLM beside it (see peers_moe.py). `--sweep` times the products alone over tiles, to
+fill the runner's tables; `--once` launches every product once, for a profiler to look at.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from gpu_quantize import copy_rate, graphed
-from peers_moe import CANDIDATES, Peer, Tile, compile_candidates, find_peers
+from peers_moe import CANDIDATES, PEERS, Peer, Tile as PeerTile, compile_candidates, find_peers
 from record import make_result, save
 from torch import Tensor
 
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
-from rollmill.moe.runners.triton import DEPTH, TritonRunner
-from rollmill.quant import FP8, NVFP4, Scheme, find_capability
+from rollmill.moe.runners.triton import TritonRunner
+from rollmill.moe.runners.triton_tiles import DEPTH, Tile
+from rollmill.quant import BF16, FP8, NVFP4, Scheme, find_capability
 
 CONFIG = MoeConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
-SCHEMES: dict[str, Scheme] = {"fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none"), "nvfp4_twin": NVFP4()}
+SCHEMES: dict[str, Scheme] = {
+    "bf16": BF16,
+    "fp8": FP8(per_channel=True),
+    "nvfp4": NVFP4(activation="none"),
+    "nvfp4_twin": NVFP4(),
+}
 PEAK = {
+    "bf16": 733e12,
     "fp8": 1347e12,
     "nvfp4": 733e12,
     "nvfp4_twin": 733e12,
@@ -55,13 +63,18 @@ class Layer:
         return sum(t.nbytes for packed in self.packed for t in packed.values()) / CONFIG.num_experts
 
 
-def asked(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def asked(tokens: int, draw: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x, ids, weights: the same for every scheme."""
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    draw = torch.rand(tokens, CONFIG.num_experts, device="cuda", generator=generator)
+    generator = torch.Generator("cuda").manual_seed(tokens + 100003 * draw)
+    scores = torch.rand(tokens, CONFIG.num_experts, device="cuda", generator=generator)
     x = torch.randn(tokens, CONFIG.hidden_size, device="cuda", generator=generator).bfloat16()
     weights = torch.rand(tokens, CONFIG.top_k, device="cuda", generator=generator)
-    return x, draw.topk(CONFIG.top_k, dim=1).indices, weights
+    return x, scores.topk(CONFIG.top_k, dim=1).indices, weights
+
+
+def draws(tokens: int) -> range:
+    """Sets of tokens that take turns: of a single token's experts several sets fit the L2."""
+    return range(8 if tokens <= 4 else 4)
 
 
 def check(layer: Layer, name: str) -> None:
@@ -90,12 +103,11 @@ def beside(peers: list[Peer], layer: Layer, tokens: int) -> dict[str, float]:
     return found
 
 
-def micros_of(peer: Peer, tile: Tile | None, tokens: int) -> float:
-    x, ids, weights = asked(tokens)
-    ids = ids.int()
+def micros_of(peer: Peer, tile: PeerTile | None, tokens: int) -> float:
+    sets = [(x, ids.int(), weights) for x, ids, weights in (asked(tokens, draw) for draw in draws(tokens))]
     try:
         with peer.tune(tile) if peer.tune else nullcontext():
-            return graphed([lambda: peer.call(x, ids, weights)] * 4, repeats=9) * 1e6
+            return graphed([lambda given=given: peer.call(*given) for given in sets], repeats=9) * 1e6
     except Exception as error:  # a tile that does not fit
         if tile is None:
             raise
@@ -111,15 +123,17 @@ def bench(*, with_peers: bool) -> None:
     for name, scheme in SCHEMES.items():
         layer = Layer(scheme)
         check(layer, name)
-        peers = find_peers(name, layer.stored) if with_peers else []
+        peers = find_peers(name, layer.stored) if with_peers and name in PEERS else []
+        run = layer.runner.apply
         for tokens in BATCHES:
             x, ids, weights = asked(tokens)
             touched = int(ids.unique().numel())
             moved = touched * layer.bytes_an_expert + 4 * x.nbytes
             operations = 6 * tokens * CONFIG.top_k * CONFIG.hidden_size * CONFIG.intermediate_size
             limit = max(moved / copy, operations / PEAK[name]) * 1e6
-            call = lambda x=x, ids=ids, weights=weights, layer=layer: layer.runner.apply(x, ids, weights, *layer.packed)  # noqa: E731
-            micros = graphed([call] * 4, repeats=15) * 1e6
+            sets = [asked(tokens, draw) for draw in draws(tokens)]
+            calls = [lambda given=given, run=run, layer=layer: run(*given, *layer.packed) for given in sets]
+            micros = graphed(calls, repeats=15) * 1e6
             products = products_micros(layer, tokens, ids)
             bound = "copy rate" if moved / copy > operations / PEAK[name] else "peak"
             note = f"{touched} experts; {limit / micros:.0%} of the {bound}; products alone {products:.0f} us"
@@ -137,50 +151,39 @@ def products_micros(layer: Layer, tokens: int, ids: Tensor) -> float:
     return sum(graphed([call] * 4, repeats=9) * 1e6 for call in product_calls(layer, tokens, ids, {}))
 
 
-def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, tuple[int, int, int, int, int]]) -> Iterator:
-    from rollmill.moe.gpu import grouped_gemm as kernels
+def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, Tile]) -> Iterator[Callable[[], None]]:
+    """Both products, each by itself, with the runner's tiles where `tiles` has no other."""
     from rollmill.moe.gpu.blocks import make_blocks
     from rollmill.quant.gpu.quantize import quantize_fp8
 
-    fp8 = isinstance(layer.scheme, FP8)
-    pairs_count, hidden, inner = ids.numel(), CONFIG.hidden_size, CONFIG.intermediate_size
-    for weight, (rows_out, K) in (("w13", (inner, hidden)), ("w2", (hidden, inner))):
-        tile = tiles.get(weight) or layer.runner._tile(weight, pairs_count)
-        rows, block, depth, warps, stages = tile
-        pairs, experts = make_blocks(ids, CONFIG.num_experts, block)
-        packed = layer.packed[0 if weight == "w13" else 1]
-        x = torch.randn(tokens if weight == "w13" else pairs_count, K, device="cuda").bfloat16()
-        out = x.new_empty(pairs_count, rows_out)
-        inputs = quantize_fp8(x) if fp8 else (x, x)
-        scales = () if fp8 else (packed["block_scale"],)
-        kernel = getattr(kernels, f"{'fp8' if fp8 else 'nvfp4'}_{'gate_up' if weight == 'w13' else 'down'}")
-        options = {"TOP_K": CONFIG.top_k} if weight == "w13" else {}
-        options |= {} if fp8 else {"ASSEMBLY": True, "SCALED": layer.scheme.activation == "per_token"}
-        arguments = (
-            *inputs,
-            packed["weight"],
-            *scales,
-            packed["row_scale"],
-            out,
-            pairs,
-            experts,
-            pairs_count,
-            K,
-            rows_out,
-        )
-        options |= {"ROWS": rows, "TOKENS": block, "DEPTH": depth, "num_warps": warps, "STAGES": stages}
-        launch = kernel[(rows_out // rows, len(experts))]
-        yield lambda launch=launch, arguments=arguments, options=options: launch(*arguments, **options)
+    runner, num_pairs = layer.runner, ids.numel()
+    for weight, packed, shape in zip(("w13", "w2"), layer.packed, expert_shapes(CONFIG), strict=True):
+        tile = tiles.get(weight) or runner._tile(weight, num_pairs)
+        blocks = make_blocks(ids, CONFIG.num_experts, tile.tokens)
+        x = torch.randn(tokens if weight == "w13" else num_pairs, shape.cols or 0, device="cuda").bfloat16()
+        out = x.new_empty(num_pairs, shape.rows[0])
+        x, scale = quantize_fp8(x) if isinstance(layer.scheme, FP8) else (x, x.new_ones(len(x), dtype=torch.float32))
+        options = {"SORTED": True} | ({"TOP_K": CONFIG.top_k} if weight == "w13" else {})
+        arguments = (weight, tile, x, scale, packed, out, blocks, num_pairs)
+        yield lambda arguments=arguments, options=options: runner._launch(*arguments, **options)
 
 
-def candidates(scheme: Scheme, weight: str, average: float) -> Iterator[tuple[int, int, int, int, int]]:
-    """Tiles worth timing: rows, tokens, depth, warps, stages."""
-    depths = (128, 256) if isinstance(scheme, FP8) else (DEPTH,)
-    blocks = (16, 32) if average <= 20 else (32, 64) if average <= 80 else (64, 128, 256)
-    for rows, block, depth, warps in itertools.product((64, 128), blocks, depths, (4, 8)):
+def candidates(scheme: Scheme, weight: str, average: float) -> Iterator[Tile]:
+    """Tiles worth timing."""
+    blocks = (8, 16) if average <= 12 else (16, 32) if average <= 20 else (32, 64) if average <= 80 else (64, 128, 256)
+    if isinstance(scheme, NVFP4) and average <= 12:
+        yield from (Tile(*sizes) for sizes in itertools.product((32, 64), blocks, (DEPTH,), (1, 2), (2, 3, 4)))
+        return
+    depths = {"bf16": (64, 128), "fp8": (128, 256)}.get(scheme.name, (DEPTH,))
+    for rows, block, depth, warps in itertools.product((64, 128, 256), blocks, depths, (4, 8)):
         sums = rows * block * (2 if weight == "w13" else 1)  # float32, in registers
-        if sums * (4 if block <= 32 else 1) >= 4096 and sums <= 4096 * warps and block * depth <= 256 * 128:
-            yield from ((rows, block, depth, warps, stages) for stages in (3, 4))
+        if (
+            block >= 16
+            and sums * (4 if block <= 32 else 1) >= 4096
+            and sums <= 4096 * warps
+            and block * depth <= 256 * 128
+        ):
+            yield from (Tile(rows, block, depth, warps, stages) for stages in (3, 4))
 
 
 def sweep(batches: list[int]) -> None:
@@ -191,7 +194,7 @@ def sweep(batches: list[int]) -> None:
             for tile in candidates(scheme, weight, ids.numel() / CONFIG.num_experts):
                 try:
                     call = list(product_calls(layer, tokens, ids, {weight: tile}))[index]
-                    found.append((round(graphed([call] * 2, repeats=5) * 1e6, 1), tile))
+                    found.append((round(graphed([call] * 2, repeats=5) * 1e6, 1), tuple(tile)))
                 except Exception as error:  # a tile that does not fit
                     if "resource" not in str(error):
                         print("failed", tile, str(error)[:100], flush=True)

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from rollmill.moe import MoeConfig, RoutedExperts
-from rollmill.quant import FP8, NVFP4, Scheme, find_capability
+from rollmill.quant import BF16, FP8, NVFP4, Scheme, find_capability
 from rollmill.weight_sync import Policy, SyncPlan
 from rollmill.weight_sync.clock import Clock
 from rollmill.weight_sync.messages import Phase
 
 CONFIG = MoeConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
-SCHEMES: dict[str, Scheme] = {"fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none")}
+SCHEMES: dict[str, Scheme] = {"bf16": BF16, "fp8": FP8(per_channel=True), "nvfp4": NVFP4(activation="none")}
 LAYERS = 48  # of the model
 REPEATS = 3
 

@@ -2,8 +2,9 @@
 
 Up to FEW tokens: the weight's rows are the tall side of a tile, K is cut into equal slices, by the shape alone, and
 every warp of a program sums one slice, step by step; then the slices are summed in order. A token's result depends on
-no other token, nor on how many there are. Above, weights are decoded to BF16 once and multiplied as such: again
-independent of other tokens, but summed in another order than up to FEW.
+no other token, nor on how many there are. Up to MIDDLE it has the same bits from the large matrix instruction
+(`nvfp4_middle.py`). Above, weights are decoded to BF16 once and multiplied as such: again independent of other tokens,
+but summed in another order.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -14,12 +15,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
-from .nvfp4_widen import DEPTH, EPILOGUE, HALF, SCALES, first_half, real_order, second_half
+from .nvfp4_middle import middle_tokens
+from .nvfp4_store import store_scaled
+from .nvfp4_widen import DEPTH, HALF, SCALES, first_half, real_order, second_half
+from .nvfp4_words import in_word_order
 from .slices import sum_in_order
 
 
@@ -33,14 +38,39 @@ class Tile(NamedTuple):
     warps: int = 0
 
 
-# Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md. Above FEW the weight is decoded to BF16 first.
+# Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md. Above MIDDLE weights are decoded to BF16 first,
+# above twice as many if a weight has LARGE numbers or more.
+Tiles = tuple[tuple[int, Tile], ...]
+Scales = tuple[Tensor, Tensor, Tensor]  # of rows, of tokens, and the bias; what is not there is not read
 FEW_TILES = ((8, Tile(32, 8, 4)), (16, Tile(32, 16, 3)), (128, Tile(32, 32, 2)))
-FEW = FEW_TILES[-1][0]
+FEW = 16
+MIDDLE, LARGE = 256, 1 << 25
+SMALL_MIDDLE, MIDDLE_TILE = Tile(64, 32, 3, warps=4), Tile(64, 64, 3, warps=4)
+TALL_MIDDLE, WIDE_MIDDLE = Tile(128, 64, 3, warps=4), Tile(128, 128, 3, warps=8)
+MULTIPROCESSORS = 132
 MANY_TILES = (
     (512, Tile(128, 64, 4, depth=64, warps=4)),
     (1024, Tile(128, 128, 4, depth=64, warps=4)),
     (1 << 31, Tile(128, 256, 3, depth=64, warps=8)),
 )
+
+
+def middle_tile(num_rows: int, M: int) -> Tile | None:
+    """The largest tile of which there are enough to keep a Hopper GPU busy; None where a slice a warp does it better.
+
+    All sum alike, so that a weight's rows and the number of tokens may decide.
+    """
+    programs = {tile: -(-num_rows // tile.rows) * -(-M // tile.tokens) for tile in MIDDLE_TILES}
+    if M > 64 and programs[WIDE_MIDDLE] >= (200 if M <= 256 else 120):
+        return WIDE_MIDDLE
+    if 32 < M <= 64 and programs[TALL_MIDDLE] >= 200:
+        return TALL_MIDDLE
+    if M > 32 and programs[MIDDLE_TILE] >= MULTIPROCESSORS:
+        return MIDDLE_TILE
+    return None if FEW_TILES[-1][0] >= M and programs[SMALL_MIDDLE] <= MULTIPROCESSORS else SMALL_MIDDLE
+
+
+MIDDLE_TILES = (SMALL_MIDDLE, MIDDLE_TILE, TALL_MIDDLE, WIDE_MIDDLE)
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -94,7 +124,7 @@ def _few_tokens(
         total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
         total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
     total, row, token = sum_in_order(total), row[:, None], token[None, :]
-    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
 
 
 @triton.jit
@@ -158,37 +188,7 @@ def _many_tokens(
             x, w = tl.load(x_ptr + step), tl.load(w_ptr + step)
         total = tl.dot(x, tl.trans(w), total)
     row, token = row[None, :], token[:, None]
-    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
-
-
-@triton.jit
-def _store(
-    total,
-    row_scale_ptr,
-    token_scale_ptr,
-    bias_ptr,
-    out_ptr,
-    row,
-    token,
-    M,
-    N,
-    end_row,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """Row and token scales and the bias in float32, then one rounding; `row` and `token` span the tile.
-
-    SCALED: 0 no scale, 1 of each token, 2 of all.
-    """
-    mine = row < end_row
-    total = total * (tl.load(row_scale_ptr + row, mask=mine, other=0.0) * EPILOGUE)
-    if SCALED == 1:
-        total = total * tl.load(token_scale_ptr + token, mask=token < M, other=0.0)
-    if SCALED == 2:
-        total = total * tl.load(token_scale_ptr)
-    if BIAS:
-        total += tl.load(bias_ptr + row, mask=mine, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token.to(tl.int64) * N + row, total.to(tl.bfloat16), mask=mine & (token < M))
+    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
 
 
 def num_slices(steps: int) -> int:
@@ -209,23 +209,60 @@ def nvfp4_matmul(
 
     `token_scale` float32 [M] or a scalar, `bias` [N].
     """
-    (M, K), (steps, N, _) = x.shape, packed["weight"].shape
-    weight, size = (packed["weight"], packed["block_scale"]), rows.stop - rows.start
     scales = packed["row_scale"], x if token_scale is None else token_scale, x if bias is None else bias
-    sizes = M, N, K, rows.start, rows.stop
     scaled = 0 if token_scale is None else 1 if token_scale.ndim else 2
-    options = {"SCALED": scaled, "BIAS": bias is not None}
-    tile = next(tile for most, tile in (FEW_TILES if M <= FEW else MANY_TILES) if most >= M)
-    tiles = -(-size // tile.rows), -(-M // tile.tokens)
-    options |= {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
-    if M <= FEW:
-        slices = num_slices(steps)
-        options |= {"SLICES": slices, "RAGGED": K % DEPTH.value != 0, "ASSEMBLY": x.is_cuda}
-        _few_tokens[tiles](x, *weight, *scales, out, *sizes, steps, **options, num_warps=slices)
-        return
+    N, most = out.shape[1], MIDDLE * (1 + (out.shape[1] * x.shape[1] >= LARGE))
+    few = len(x) <= FEW or (len(x) <= most and middle_tile(N, len(x)) is None)
+    launch = _launch_few if few else _launch_middle if len(x) <= most else _launch_many
+    launch(x, packed, scales, out, rows, {"SCALED": scaled, "BIAS": bias is not None})
+
+
+def _launch_few(
+    x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
+) -> None:
+    (M, K), (steps, N, _) = x.shape, packed["weight"].shape
+    tile, slices = _tile(FEW_TILES, M), num_slices(steps)
+    _few_tokens[_grid(rows, M, tile)](
+        x, packed["weight"], packed["block_scale"], *scales, out, M, N, K, rows.start, rows.stop, steps,
+        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SLICES=slices, RAGGED=K % DEPTH.value != 0,
+        ASSEMBLY=x.is_cuda, num_warps=slices, **options,
+    )  # fmt: skip
+
+
+def _launch_middle(
+    x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
+) -> None:
+    M, (steps, N, _) = len(x), packed["weight"].shape
+    tile = middle_tile(N, M) or SMALL_MIDDLE
+    weight, block_scale = (packed[name].view(torch.int32) for name in ("weight", "block_scale"))
+    middle_tokens[_grid(rows, M, tile)](
+        in_word_order(x), weight, block_scale, *scales, out, M, N, rows.start, rows.stop, steps,
+        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SLICES=num_slices(steps),
+        ASSEMBLY=x.is_cuda, num_warps=tile.warps, **options,
+    )  # fmt: skip
+
+
+def _launch_many(
+    x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
+) -> None:
+    (M, K), (steps, N, _) = x.shape, packed["weight"].shape
+    tile, size = _tile(MANY_TILES, M), rows.stop - rows.start
     decoded = x.new_empty(size, K)
     _decode[(-(-size // 64), steps)](
-        *weight, decoded, N, K, rows.start, rows.stop, ROWS=64, ASSEMBLY=x.is_cuda, num_warps=4
-    )
-    options |= {"DEPTH": tile.depth, "RAGGED": K % tile.depth != 0, "GROUP": 8}
-    _many_tokens[(tiles[0] * tiles[1],)](x, decoded, *scales, out, *sizes, **options, num_warps=tile.warps)
+        packed["weight"], packed["block_scale"], decoded, N, K, rows.start, rows.stop,
+        ROWS=64, ASSEMBLY=x.is_cuda, num_warps=4,
+    )  # fmt: skip
+    tiles = _grid(rows, M, tile)
+    _many_tokens[(tiles[0] * tiles[1],)](
+        x, decoded, *scales, out, M, N, K, rows.start, rows.stop,
+        ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, DEPTH=tile.depth, RAGGED=K % tile.depth != 0,
+        GROUP=8, num_warps=tile.warps, **options,
+    )  # fmt: skip
+
+
+def _tile(table: Tiles, M: int) -> Tile:
+    return next(tile for most, tile in table if most >= M)
+
+
+def _grid(rows: slice, M: int, tile: Tile) -> tuple[int, int]:
+    return -(-(rows.stop - rows.start) // tile.rows), -(-M // tile.tokens)

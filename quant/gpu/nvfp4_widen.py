@@ -1,15 +1,16 @@
 """NVFP4 weights widened in registers: packed codes and block scales -> BF16 operands of a matrix product, exactly.
 
-Weights lie as `nvfp4_packing.py` says. A word of four bytes holds four codes of the first half of a step of 128 and
-four of its second; in each of its 16-bit halves, from the top:
+Weights lie as `nvfp4_packing.py` says. A word of four bytes holds four codes of the first half of a step of 128, A0 A1
+B0 B1, and four of its second, C0 C1 D0 D1: 0 in its lower sixteen bits and 1 in the upper, but for three signs, which
+change places. Signs are capital letters, magnitudes small ones:
 
-    sign of: A D B C   magnitude of: D(1) A(3) B(3) C(3), with two bits of D's above A's
+    bit      15  14  13  12  11  10   9   8 7 6   5   4   3   2 1 0
+    is        A   d   d   b   b   b   C   a a a   D   d   B   c c c
 
-    bit      15  14  13  12  11  10   9   8 7 6   5 4 3   2 1 0
-    is       A   D   d2  B   d1  d0   C   a a a   b b b   c c c
-
-so that a shift to the left and a mask make BF16 numbers of A, B and C: the sign at 15, exponent and mantissa at 8 to 6.
-Such a number is the code's value times 2**-126. The block scale comes times 2**118; the epilogue puts back 2**8.
+so that one or two rotations or shifts and as many masks make two BF16 numbers of each: the sign at 15, exponent and
+mantissa at 8 to 6. Such a number is the code's value times 2**-126. B goes right by 4 (its signs pass the word's ends),
+C left by 6, D's last bit left by 2 and the rest of it right by 6 (its signs pass the ends). The block scale comes times
+2**118; the epilogue puts back 2**8.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -46,7 +47,7 @@ def first_half(packed, scales, ASSEMBLY: tl.constexpr):
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
             """{ .reg .b32 a, b;
-            and.b32 a, $2, 0x81C081C0; shl.b32 b, $2, 3; and.b32 b, b, 0x81C081C0;
+            and.b32 a, $2, 0x81C081C0; shf.r.wrap.b32 b, $2, $2, 4; and.b32 b, b, 0x81C081C0;
             mul.rn.bf16x2 $0, a, $3; mul.rn.bf16x2 $1, b, $3; }""",
             "=&r,=&r,r,r,r,r,r",
             [packed, scale],
@@ -54,8 +55,8 @@ def first_half(packed, scales, ASSEMBLY: tl.constexpr):
             is_pure=True,
             pack=4,
         )
-    word = _halfwords(packed)
-    return _scaled(_in_turn(word, word << 3, packed.shape), scale)
+    word = _words(packed)
+    return times_scale(_in_turn(pair_a(word), pair_b(word)).reshape(packed.shape), scale)
 
 
 @triton.jit
@@ -64,11 +65,10 @@ def second_half(packed, scales, ASSEMBLY: tl.constexpr):
     scale = _spread(scales)
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, c, d;
+            """{ .reg .b32 a, b, c;
             shl.b32 a, $2, 6; and.b32 a, a, 0x81C081C0;
-            shl.b32 b, $2, 1; and.b32 b, b, 0x80008000;
-            shr.u32 c, $2, 5; lop3.b32 b, c, 0x01000100, b, 0xEA;
-            shr.u32 d, $2, 4; lop3.b32 b, d, 0x00C000C0, b, 0xEA;
+            shl.b32 c, $2, 2; and.b32 c, c, 0x00400040;
+            shf.r.wrap.b32 b, $2, $2, 6; lop3.b32 b, b, 0x81808180, c, 0xEA;
             mul.rn.bf16x2 $0, a, $3; mul.rn.bf16x2 $1, b, $3; }""",
             "=&r,=&r,r,r,r,r,r",
             [packed, scale],
@@ -76,9 +76,8 @@ def second_half(packed, scales, ASSEMBLY: tl.constexpr):
             is_pure=True,
             pack=4,
         )
-    word = _halfwords(packed)
-    last = ((word << 1) & 0x8000) | ((word >> 5) & 0x0100) | ((word >> 4) & 0x00C0)
-    return _scaled(_in_turn(word << 6, last, packed.shape), scale)
+    word = _words(packed)
+    return times_scale(_in_turn(pair_c(word), pair_d(word)).reshape(packed.shape), scale)
 
 
 @triton.jit
@@ -94,21 +93,43 @@ def _spread(scales):
 
 
 @triton.jit
-def _halfwords(packed):
-    """uint8 [S, R, 64] -> int32 [S * R * 16, 2]: the low and the high half of every word."""
-    low, high = tl.split(packed.to(tl.int32).reshape(packed.numel // 4, 2, 2))
-    return low | (high << 8)
+def pair_a(word):
+    """uint32 -> uint32, two BF16 numbers."""
+    return word & 0x81C081C0
 
 
 @triton.jit
-def _in_turn(pair, next_pair, shape: tl.constexpr):
-    """Codes 0 and 1, then 2 and 3, of every word."""
-    codes = tl.join(pair & 0x81C0, next_pair & 0x81C0)  # [words, half of the word, pair]
-    return tl.permute(codes, (0, 2, 1)).reshape(shape)
+def pair_b(word):
+    return ((word >> 4) | (word << 28)) & 0x81C081C0
 
 
 @triton.jit
-def _scaled(bits, scale):
+def pair_c(word):
+    return (word << 6) & 0x81C081C0
+
+
+@triton.jit
+def pair_d(word):
+    return (((word >> 6) | (word << 26)) & 0x81808180) | ((word << 2) & 0x00400040)
+
+
+@triton.jit
+def _words(packed):
+    """uint8 [S, R, 64] -> uint32 [S * R * 16]."""
+    low, high = tl.split(packed.to(tl.uint32).reshape(packed.numel // 4, 2, 2))
+    first, second = tl.split(low | (high << 8))
+    return first | (second << 16)
+
+
+@triton.jit
+def _in_turn(pair, next_pair):
+    """uint32 [words] -> [words, 2, 2]: the two numbers of `pair`, then those of `next_pair`."""
+    return tl.join(tl.join(pair & 0xFFFF, next_pair & 0xFFFF), tl.join(pair >> 16, next_pair >> 16))
+
+
+@triton.jit
+def times_scale(bits, scale):
+    """BF16 bits times the BF16 number in the low half of scale."""
     codes = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     scale = (scale & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return (codes.to(tl.float32) * scale.to(tl.float32)).to(tl.bfloat16)

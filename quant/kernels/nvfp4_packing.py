@@ -61,20 +61,23 @@ def pack_codes(codes: Tensor) -> Tensor:
     natural = torch.stack([codes & 15, codes >> 4], -1).view(*lead, num_steps(cols), 2, 4, 4, 2, 2)
     # [..., step, half, q, c, pair, half of a word] -> [half, pair of codes][..., step, c, q, half of a word]
     first, second = natural.transpose(-4, -3).unbind(-5)
-    (a, b), (c, d) = first.unbind(-2), second.unbind(-2)
-    words = (_sign(a) << 15) | (_sign(d) << 14) | (_sign(b) << 12) | (_sign(c) << 9)
-    words |= (_magnitude(a) << 6) | (_magnitude(b) << 3) | _magnitude(c)
-    words |= ((_magnitude(d) & 4) << 11) | ((_magnitude(d) & 3) << 10)
-    words = torch.stack([words & 255, words >> 8], -1).to(torch.uint8)
+    (a, b), (c, d) = (half.unbind(-2) for half in (first, second))
+    a, b, c, d = (_numbers(pair) for pair in (a, b, c, d))
+    end, d = d & 0x00400040, d & 0x81808180
+    words = a | _rotated_left(b, 4) | (c >> 6) | _rotated_left(d, 6) | (end >> 2)
+    words = torch.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], -1).to(torch.uint8)
     return words.view(*lead, num_steps(cols), DEPTH // 2).transpose(-3, -2).contiguous()
 
 
-def _sign(code: Tensor) -> Tensor:
-    return code.int() >> 3
+def _numbers(pair: Tensor) -> Tensor:
+    """E2M1 codes uint8 [..., 2] -> int64 words: signs at 15 and 31, magnitudes at 8 to 6 and 24 to 22."""
+    first, second = ((code >> 3 << 15) | ((code & 7) << 6) for code in pair.long().unbind(-1))
+    return first | (second << 16)
 
 
-def _magnitude(code: Tensor) -> Tensor:
-    return code.int() & 7
+def _rotated_left(word: Tensor, bits: int) -> Tensor:
+    """Of 32 bits in an int64."""
+    return (word << bits) & 0xFFFFFFFF | (word >> (32 - bits))
 
 
 def pack_scales(scales: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from .nvfp4_packing import NVFP4Packer
 class TritonNVFP4Kernel:
     """Tiles measured on Hopper; any N, K a multiple of 16; a row's result does not depend on other rows.
 
-    Up to 128 rows all sums have one order, above it another; there a BF16 copy of the weight lives during the call.
+    Up to 256 rows (512 of large weights) all sums have one order, above it another; there a BF16 copy of the weight
+    lives during the call.
 
     Static activations are quantized for each shard with its own scale, in case they are unequal: a look at them would
     make the CPU wait for the GPU.

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec import structs
 
 from rollmill.moe import MoeConfig, RoutedExperts
 from rollmill.moe.runners.reference import expert_shapes
-from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES, GroupedNVFP4, TritonRunner
-from rollmill.quant import FP8, NVFP4, AmaxMeter, Capability, FP8Rows, UnsupportedError, WeightShape, numerics
+from rollmill.moe.runners.triton import TritonRunner
+from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES, Tile
+from rollmill.quant import BF16, FP8, NVFP4, AmaxMeter, Capability, FP8Rows, Plain, UnsupportedError, numerics
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu import blocks  # noqa: E402 (after the conftest's set-up)
 from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402
-from rollmill.moe.gpu.pack import pack_nvfp4  # noqa: E402
+from rollmill.quant.gpu.nvfp4_words import in_word_order  # noqa: E402
 from rollmill.quant.gpu.quantize import quantize_fp8  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = Capability(DEVICE, 90, ("triton",))
 CONFIG = MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256)
 SCHEMES = {
+    "bf16": BF16,
     "fp8": FP8(),
     "fp8_channel": FP8(per_channel=True),
     "nvfp4_w4a16": NVFP4(activation="none"),
@@ -28,15 +31,22 @@ SCHEMES = {
     "fp8_static": FP8(activation="static"),
     "nvfp4_static": NVFP4(activation="static"),
 }
-INPUT_SCALES = {"fp8": 3 / 448, "nvfp4": 3 / 2688}  # some activations lie beyond
+INPUT_SCALES = {"bf16": 1.0, "fp8": 3 / 448, "nvfp4": 3 / 2688}  # some activations lie beyond
+
+
+def one_tile(tile: Tile) -> dict:
+    """A table of tiles that has no other."""
+    return dict.fromkeys(("w13", "w2"), ((float("inf"), tile),))
 
 
 class Layer:
     """Random experts, their packed tensors, and their dequantized weights in float64."""
 
-    def __init__(self, scheme: FP8 | NVFP4, seed: int = 0) -> None:
+    def __init__(self, scheme: Plain | FP8 | NVFP4, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.runner = TritonRunner(CONFIG, scheme, HOPPER, torch.bfloat16)
+        if DEVICE.type == "cpu" and isinstance(scheme, NVFP4):  # the interpreter takes its time for every program
+            self.runner.tiles = one_tile(Tile(256, 16, 128, 1, 2))
         self.scheme, self.packed, self.weights = scheme, [], []
         self.input_scales: list[torch.Tensor] = []  # of w13 and w2, one an expert
         self.inner = torch.empty(0)
@@ -116,13 +126,59 @@ def test_a_layer_equals_float64(name: str, count: int):
     assert_right(layer, *asked)
 
 
-@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16", "nvfp4", "nvfp4_static"])
+OTHER_TILES = {  # than those that few tokens take
+    "scales in words": Tile(32, 8, 128, 2, 2),
+    "many tokens": Tile(128, 16, 128, 4, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"), [("nvfp4_w4a16", "scales in words"), ("nvfp4_w4a16", "many tokens"), ("nvfp4", "many tokens")]
+)
+def test_other_tiles_equal_float64(name: str, tile: str):
+    layer = Layer(SCHEMES[name])
+    layer.runner.tiles = one_tile(OTHER_TILES[tile])
+    assert_right(layer, *tokens(1 if tile == "scales in words" else 5))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16"])
+def test_pairs_that_are_not_sorted_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Two tokens of 4 experts are sorted, those of 16 are not."""
+    layer, asked = Layer(SCHEMES[name]), tokens(2)
+    in_order = layer(*asked)
+    monkeypatch.setattr(layer.runner, "config", structs.replace(CONFIG, num_experts=16))
+    monkeypatch.setattr(blocks, "make_blocks", lambda *_: pytest.fail("it sorted"))
+    assert torch.equal(layer(*asked), in_order)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16"])
+def test_every_tile_of_the_tables_equals_float64(name: str, place: int):
+    if DEVICE.type == "cpu":
+        pytest.skip("torch sees no GPU")
+    layer = Layer(SCHEMES[name])
+    layer.runner.tiles = {
+        key: ((float("inf"), table[place % len(table)][1]),) for key, table in layer.runner.tiles.items()
+    }
+    assert_right(layer, *tokens(40))
+
+
+def test_columns_go_where_the_large_matrix_instruction_wants_them():
+    """Columns that lie at 16 q + 8 d + 4 c + 2 h + b go to 32 d + 16 h + 8 c + 2 q + b."""
+    x = (torch.arange(3 * 128) % 251).view(3, 128).bfloat16()  # whole numbers that BF16 has
+    found = in_word_order(x.to(DEVICE)).cpu()
+    expected = x.view(3, 2, 4, 2, 2, 2, 2).permute(0, 1, 3, 5, 4, 2, 6).reshape(3, 128)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16", "nvfp4", "nvfp4_static"])
 def test_experts_without_tokens_and_poisoned_outputs(name: str):
     layer, asked = Layer(SCHEMES[name]), tokens(5, experts=(1, 3))
     assert_right(layer, *asked)
 
 
-@pytest.mark.parametrize("name", ["fp8_channel", "nvfp4_w4a16", "nvfp4", "fp8_static"])
+@pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16", "nvfp4", "fp8_static"])
 def test_a_token_is_bit_equal_in_any_company(name: str):
     layer = Layer(SCHEMES[name])
     x, ids, weights = tokens(7)
@@ -132,22 +188,22 @@ def test_a_token_is_bit_equal_in_any_company(name: str):
     assert torch.equal(layer(x[mixed], ids[mixed], weights[mixed])[1], whole[3])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bf16", "fp8_channel", "nvfp4_w4a16", "nvfp4"])
+def test_a_token_is_bit_equal_among_any_number(name: str):
+    """All tiles of the tables: 2 choices among 4 experts are half as many pairs an expert as there are tokens."""
+    if DEVICE.type == "cpu":
+        pytest.skip("torch sees no GPU")
+    layer = Layer(SCHEMES[name])
+    x, ids, weights = tokens(900)
+    whole = layer(x, ids, weights)
+    for count in (1, 7, 20, 40, 64, 180, 360):
+        assert torch.equal(layer(x[:count], ids[:count], weights[:count]), whole[:count]), count
+
+
 def test_no_tokens():
     x, ids, weights = tokens(1)
     assert Layer(SCHEMES["fp8"])(x[:0], ids[:0], weights[:0]).shape == (0, CONFIG.hidden_size)
-
-
-def test_a_block_scale_of_zero_makes_zeros():
-    shape = expert_shapes(CONFIG)[1]
-    scheme = SCHEMES["nvfp4_w4a16"]
-    stored = dict(scheme.quantize(torch.randn(shape.matrix).bfloat16(), shape))
-    scales = stored["weight_scale"].view(torch.uint8)
-    scales[0, 0, 0] = 0
-    packed = TritonRunner(CONFIG, scheme, HOPPER, torch.bfloat16).w2.prepare(
-        {key: stored[key] for key in scheme.matrices(shape)}
-    )
-    first_halves = packed["weight"][0, 0, :16]  # k 0 to 15 are first codes: bits 7 and 2..0
-    assert int((first_halves & 0b10000111).sum()) == 0
 
 
 @pytest.mark.parametrize("name", ["fp8_static", "nvfp4_static"])
@@ -178,9 +234,24 @@ def test_blocks_hold_every_pair_once_with_its_expert(
         assert all(flat[pair] == expert for pair in real.tolist())
 
 
-@pytest.mark.parametrize("tiles", [FP8_TILES, NVFP4_TILES], ids=["fp8", "nvfp4"])
-def test_both_products_use_the_same_blocks(tiles: dict):
-    assert [(most, tile[1]) for most, tile in tiles["w13"]] == [(most, tile[1]) for most, tile in tiles["w2"]]
+def test_the_two_products_may_have_blocks_of_unequal_size():
+    layer, asked = Layer(SCHEMES["bf16"]), tokens(5)
+    same = layer(*asked)
+    layer.runner.tiles = layer.runner.tiles | {"w2": ((float("inf"), Tile(128, 32, 128, 4, 2)),)}
+    assert torch.equal(layer(*asked), same)
+
+
+def test_a_tile_fits_rows_and_columns_that_it_does_not_divide():
+    assert Tile(256, 16, 256, 8, 2).fitting(768, 2048) == Tile(256, 16, 256, 8, 2)
+    assert Tile(256, 16, 256, 8, 2).fitting(1408, 960) == Tile(128, 16, 64, 8, 2)
+
+
+@pytest.mark.parametrize("table", [BF16_TILES, FP8_TILES, NVFP4_TILES], ids=["bf16", "fp8", "nvfp4"])
+def test_the_last_tile_is_for_any_number_of_tokens(table: dict):
+    for tiles in table.values():
+        mosts = [most for most, _ in tiles]
+        assert mosts == sorted(mosts)
+        assert mosts[-1] == float("inf")
 
 
 def test_what_it_cannot_compute_is_said():
@@ -195,26 +266,15 @@ def test_what_it_cannot_compute_is_said():
     assert "per_tensor" in reason(scheme=FP8(activation="per_tensor"))
     assert reason(scheme=NVFP4()) == "none"
     assert "none" in reason(scheme=FP8(activation="none"))
-    assert "multiples of 256" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=192))
+    assert reason(scheme=BF16) == reason(scheme=BF16, sm=100) == "none"
+    assert "sm90, sm100" in reason(scheme=BF16, sm=120)
+    assert "multiples of 128" in reason(
+        MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=192), scheme=NVFP4()
+    )
+    assert "multiples of 64" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=160))
     assert "biases" in reason(MoeConfig(num_experts=4, top_k=2, hidden_size=512, intermediate_size=256, bias=True))
     bare = Capability(DEVICE, 90, ())
     assert TritonRunner.unsupported(CONFIG, FP8(), bare, torch.bfloat16) == "triton is not installed"
-
-
-@pytest.mark.parametrize("shape", [(512, 256), (1, 6, 128), (3, 5, 384)], ids=str)
-def test_a_stack_is_packed_in_one_launch(shape: tuple[int, ...]):
-    """Byte for byte as plain torch packs it: every scale, zero and the smallest ones too."""
-    *lead, rows, cols = shape
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (*lead, rows, cols // 2), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(0, 127, (*lead, rows, cols // 16), dtype=torch.uint8, generator=generator)
-    scales.view(-1)[:127] = torch.arange(127, dtype=torch.uint8)[: scales.numel()]
-    weight = WeightShape((rows,), cols, units=lead[0] if lead else None)
-    scales = scales.view(torch.float8_e4m3fn)
-    expected = GroupedNVFP4(SCHEMES["nvfp4_w4a16"], weight).prepare({"weight": codes, "weight_scale": scales})
-    packed, block_scale = (t.cpu() for t in pack_nvfp4(codes.to(DEVICE), scales.to(DEVICE)))
-    assert torch.equal(packed, expected["weight"])
-    assert torch.equal(block_scale, expected["block_scale"])
 
 
 def test_codes_in_place_of_values_change_no_bit():

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -18,9 +19,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rollmill.moe.gpu import grouped_gemm, pack
-from rollmill.moe.runners.triton import FP8_TILES, NVFP4_TILES
-from rollmill.quant.gpu import convert, fp8_gemm, nvfp4_gemm, nvfp4_native, nvfp4_pack, quantize, word_sums
+from rollmill.moe.gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
+from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
+from rollmill.quant.gpu import (
+    convert,
+    fp8_gemm,
+    nvfp4_gemm,
+    nvfp4_middle,
+    nvfp4_native,
+    nvfp4_pack,
+    quantize,
+    word_sums,
+)
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
@@ -51,7 +61,8 @@ MATMUL = {  # "i32:16": a multiple of 16, as launches find by themselves
 }
 ROW = {"ROWS": 1, "BLOCK_K": 2048, "EARLY": True}
 FEW = {"SLICES": 4, "ASSEMBLY": True}
-EPILOGUE = {"RAGGED": False, "SCALED": 1, "BIAS": True}
+END = {"SCALED": 1, "BIAS": True}
+EPILOGUE = {"RAGGED": False} | END
 TILES = {"ROWS": 16, "STEP": 2, "BLOCK_K": 2048, "PROGRAMS": 96, "ONE_LAUNCH": True}
 
 
@@ -77,13 +88,6 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             {"STACKS": 16, "ROW": 2048},
             4,
         ),
-        "pack_nvfp4": (
-            pack.pack_nvfp4_kernel,
-            {"codes_ptr": "*u8", "scales_ptr": "*u8", "weight_ptr": "*i16", "block_scale_ptr": "*u8"}
-            | {"all_rows": "i32", "num_rows": "i32", "K": "i32"},
-            {"ROWS": pack.ROWS, "WORDS": 512, "GROUPS": 128},
-            4,
-        ),
         "convert_fp8": (convert._fp8_kernel, weight | STATE, TILES | {"PER_ROW": False}, 8),
     }
 
@@ -99,6 +103,16 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
         f"nvfp4_few_{tile.tokens}": (nvfp4_gemm._few_tokens, MATMUL, FEW | EPILOGUE | tile_of(tile), 4)
         for _, tile in nvfp4_gemm.FEW_TILES
     }
+    words = {k: "*i32" if k in ("w_ptr", "scale_ptr") else v for k, v in MATMUL.items() if k != "K"}
+    middle = {
+        f"nvfp4_middle_{tile.rows}x{tile.tokens}": (
+            nvfp4_middle.middle_tokens,
+            words,
+            FEW | END | tile_of(tile),
+            tile.warps,
+        )
+        for tile in nvfp4_gemm.MIDDLE_TILES
+    }
     many = {
         f"nvfp4_many_{tile.tokens}": (
             nvfp4_gemm._many_tokens,
@@ -110,6 +124,7 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     }
     return {
         **few,
+        **middle,
         **many,
         "nvfp4_pack": (nvfp4_pack.pack_kernel, pack_inputs, {"ROWS": nvfp4_pack.ROWS}, 4),
         "nvfp4_decode": (nvfp4_gemm._decode, decode, {"ROWS": 64, "ASSEMBLY": True}, 4),
@@ -148,15 +163,26 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
     nvfp4 = {"x_ptr": "*bf16", "x_scale_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*u8"}
     rest = {"row_scale_ptr": "*fp32", "out_ptr": "*bf16", "sorted_ptr": "*i32", "expert_ptr": "*i32"}
     rest |= {"num_pairs": "i32", "K": "i32:16"}
+    bf16 = {"x_ptr": "*bf16", "x_scale_ptr": "*bf16", "w_ptr": "*bf16"}
     for name, inputs, table, more in (
-        ("fp8", fp8, FP8_TILES, {}),
-        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "ASSEMBLY": True}),
+        ("bf16", bf16, BF16_TILES, {"SCALED": False, "SORTED": True, "EARLY": True}),
+        ("fp8", fp8, FP8_TILES, {"SCALED": True, "SORTED": True, "EARLY": True}),
+        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "SORTED": True, "EARLY": True, "ASSEMBLY": True}),
     ):
-        gate_up, down = getattr(grouped_gemm, f"{name}_gate_up"), getattr(grouped_gemm, f"{name}_down")
-        for weight, kernel, size, top_k in (("w13", gate_up, "inner", {"TOP_K": 8}), ("w2", down, "N", {})):
-            for most, (rows, tokens, depth, warps, stages) in table[weight]:
-                tile = {"ROWS": rows, "TOKENS": tokens, "DEPTH": depth, "STAGES": stages} | top_k | more
-                found[f"experts_{name}_{weight}_{most}"] = (kernel, inputs | rest | {size: "i32:16"}, tile, warps)
+        for (weight, size, top_k), at in itertools.product((("w13", "inner", {"TOP_K": 8}), ("w2", "N", {})), range(6)):
+            if at >= len(table[weight]):
+                continue
+            most, tile = table[weight][at]
+            own, reads = {"DEPTH": tile.depth}, inputs
+            module: Any = grouped_gemm
+            if name == "nvfp4" and tile.takes_large_instruction:
+                module, own, reads = nvfp4_grouped_many, {}, inputs | {"w_ptr": "*i32", "scale_ptr": "*i32"}
+            elif name == "nvfp4":
+                module, own = nvfp4_grouped, {"WORDS": tile.rows < 32 * tile.warps}
+                reads = inputs | ({"scale_ptr": "*i32"} if own["WORDS"] else {})
+            kernel = module.grouped_gate_up if weight == "w13" else module.grouped_down
+            sizes = {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages} | own | top_k | more
+            found[f"experts_{name}_{weight}_{most}"] = (kernel, reads | rest | {size: "i32:16"}, sizes, tile.warps)
     return found
 
 
@@ -193,5 +219,6 @@ def compile_one(
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
     asked += [(name, parts, 90) for name, parts in (dense_kernels() | fp8_few_kernels() | expert_kernels()).items()]
+    asked += [(name, parts, 100) for name, parts in expert_kernels().items() if "_bf16_" in name]
     asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]
     print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))

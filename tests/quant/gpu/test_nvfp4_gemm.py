@@ -72,11 +72,14 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
 
 
-@pytest.fixture(params=["few", "many"])
+@pytest.fixture(params=["few", "middle", "many"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Weights widened for every product, or decoded first, as for many tokens."""
-    if request.param == "many":
+    """Weights widened for every product, by either matrix instruction, or decoded first, as for many tokens."""
+    if request.param != "few":
         monkeypatch.setattr(nvfp4_gemm, "FEW", 0)
+        monkeypatch.setattr(nvfp4_gemm, "MULTIPROCESSORS", 0)
+    if request.param == "many":
+        monkeypatch.setattr(nvfp4_gemm, "MIDDLE", 0)
     return request.param
 
 
@@ -113,7 +116,9 @@ def test_a_bias_is_added_before_rounding(linear, ref, path: str, activation: str
 
 
 @pytest.mark.parametrize("activation", MODES)
-def test_a_row_is_bit_equal_among_1_7_and_64(linear, activation: str):
+def test_a_row_is_bit_equal_among_1_7_and_64(linear, activation: str, monkeypatch: pytest.MonkeyPatch):
+    if DEVICE.type == "cpu":  # where a product of other columns may sum in another order
+        monkeypatch.setattr(nvfp4_gemm, "FEW", 64)
     layer, x = linear(activation, (40,), 512), activations(64, 512)
     whole = layer(x)
     assert torch.equal(layer(x[:7]), whole[:7])
@@ -123,6 +128,7 @@ def test_a_row_is_bit_equal_among_1_7_and_64(linear, activation: str):
 
 def test_many_rows_do_not_depend_on_each_other(linear, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nvfp4_gemm, "FEW", 0)
+    monkeypatch.setattr(nvfp4_gemm, "MIDDLE", 0)
     layer, x = linear("per_token", (40,), 256), activations(9, 256)
     assert torch.equal(layer(x[3:4]), layer(x)[3:4])
 
@@ -203,6 +209,16 @@ def test_what_it_cannot_compute_is_said():
     assert reason(libraries=()) == "triton is not installed"
 
 
+@pytest.mark.parametrize(
+    ("rows", "tokens", "tile"),
+    [(2048, 128, None), (2048, 200, (64, 32)), (5120, 64, (64, 32)), (5120, 256, (64, 64)), (28672, 64, (128, 64)),
+     (28672, 100, (128, 128)), (4096, 512, (128, 128))],
+)  # fmt: skip
+def test_middle_tiles_are_as_many_as_keep_the_gpu_busy(rows: int, tokens: int, tile: tuple[int, int] | None):
+    found = nvfp4_gemm.middle_tile(rows, tokens)
+    assert (found and (found.rows, found.tokens)) == tile
+
+
 GPU_SHAPES = [((4096, 512, 512), 2048), ((3072,), 3072), ((4090, 7), 4112)]
 
 
@@ -216,10 +232,10 @@ def test_linears_of_real_size_equal_float64_on_a_gpu(linear, ref, activation: st
         pytest.skip(reason)
     layer, x = linear(activation, rows, cols), activations(1100, cols)
     expected, mass = ref.linear(x, layer.stored, rows, layer.scheme)
-    few, many = layer(x[: nvfp4_gemm.FEW]), layer(x)
+    few, many = layer(x[: nvfp4_gemm.MIDDLE]), layer(x)
     assert_near(few, expected[: len(few)], mass[: len(few)])
     assert_near(many, expected, mass)
-    for count in (1, 7, 16, 64):
+    for count in (1, 7, 16, 64, 200):
         assert torch.equal(layer(x[:count]), few[:count])
-    for count in (nvfp4_gemm.FEW + 1, 513):
+    for count in (nvfp4_gemm.MIDDLE + 1, 700):
         assert torch.equal(layer(x[:count]), many[:count])

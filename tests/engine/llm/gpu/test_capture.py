@@ -21,7 +21,7 @@ from rollmill.engine.llm.layers.rope import rotary
 from rollmill.moe import MoeConfig, route
 from rollmill.moe.runners.reference import expert_shapes
 from rollmill.moe.runners.triton import TritonRunner
-from rollmill.quant import FP8, NVFP4, Capability, QuantLinear, WeightShape
+from rollmill.quant import BF16, FP8, NVFP4, Capability, QuantLinear, Scheme, WeightShape
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -103,7 +103,7 @@ def linear(scheme: FP8 | NVFP4, kernel: str) -> Step:
     return layer
 
 
-def experts(scheme: FP8 | NVFP4) -> Step:
+def experts(scheme: Scheme) -> Step:
     runner, packed = TritonRunner(CONFIG, scheme, HOPPER, torch.bfloat16), []
     for shape, kernel in zip(expert_shapes(CONFIG), (runner.w13, runner.w2), strict=True):
         stored = scheme.quantize(random(*shape.matrix, scale=0.05), shape)
@@ -148,6 +148,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "exact nvfp4 static": lambda: linear(NVFP4(activation="static"), "exact"),
     "exact nvfp4 per tensor": lambda: linear(NVFP4(activation="per_tensor"), "exact"),
     "exact nvfp4 w4a16": lambda: linear(NVFP4(activation="none"), "exact"),
+    "experts bf16": lambda: experts(BF16),
     "experts fp8": lambda: experts(FP8()),
     "experts nvfp4_w4a16": lambda: experts(NVFP4(activation="none")),
     "experts nvfp4 per token": lambda: experts(NVFP4()),
