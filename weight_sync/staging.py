@@ -60,11 +60,17 @@ class SlotStaging:
         if (unit, shard, tensor) in self.received or (self._came_whole and tensor != "input_scale"):
             return False
         value = value.detach()
+        self.received.add((unit, shard, tensor))
         if tensor == "input_scale":
             self._input_scale(name, unit, shard, value)
-        else:
-            self._matrix_or_scale(name, tensor, unit, shard, value)
-        self.received.add((unit, shard, tensor))
+            return True
+        pending = self._pending(name, tensor, unit, value)
+        self._matrix_or_scale(name, tensor, unit, shard, value, pending)
+        pending.left -= 1
+        if not pending.left:  # nobody below holds a view of the buffers any more: they are freed before they are packed
+            pending.run.complete.add(unit)
+            if len(pending.run.complete) == len(pending.run.expected):
+                self._finish(pending.run)
         return True
 
     @property
@@ -107,8 +113,9 @@ class SlotStaging:
             scales = self.assembly.own_scale("input_scale")
             (scales if self.slot.shape.units is None else scales[unit])[shard] = value.reshape(())
 
-    def _matrix_or_scale(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> None:
-        pending = self._pending(name, tensor, unit, value)
+    def _matrix_or_scale(
+        self, name: str, tensor: str, unit: int, shard: int, value: Tensor, pending: PendingUnit
+    ) -> None:
         if tensor in pending.run.matrices:
             places = pending.run.places(tensor, shard, self.slot.shape)
             self._matrix(name, tensor, value, pending, places[unit - pending.run.first])
@@ -118,11 +125,6 @@ class SlotStaging:
                 raise ShapeError(f"{name}: expected one scale or {rows}, got {list(value.shape)}")
             check_scale(name, value, zero=True)  # of a weight of zeros
             pending.scales[tensor, shard] = value.to(torch.float32, copy=True).reshape(-1)
-        pending.left -= 1
-        if not pending.left:
-            pending.run.complete.add(unit)
-            if len(pending.run.complete) == len(pending.run.expected):
-                self._finish(pending.run)
 
     def _matrix(self, name: str, tensor: str, value: Tensor, pending: PendingUnit, target: Tensor) -> None:
         self._check_dtype(name, value, pending.form)
