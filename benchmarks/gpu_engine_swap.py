@@ -271,8 +271,8 @@ def main() -> None:
                 traceback.print_exc()
             gc.collect()
             torch.cuda.empty_cache()
-    if not arguments.no_save:
-        save("gpu_engine_swap", results)
+            if not arguments.no_save:
+                save("gpu_engine_swap", results)
 
 
 if __name__ == "__main__":
