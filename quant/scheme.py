@@ -173,7 +173,7 @@ class FP8(Struct, frozen=True):
             codes, scale = fp8_weight(stack, per_row=True)
         elif shape.one_scale or len(shape.rows) == 1:
             codes, unit_scale = fp8_weight(stack, per_row=False)
-            scale = unit_scale[:, None].repeat(1, len(shape.rows))
+            scale = unit_scale[:, None].expand(-1, len(shape.rows)).contiguous()
         else:
             shards = [fp8_weight(shard, per_row=False) for shard in stack.split(shape.rows, dim=1)]
             codes = torch.cat([codes for codes, _ in shards], dim=1)
@@ -232,7 +232,7 @@ class NVFP4(Struct, frozen=True):
         return {
             "weight": codes.view(*lead, rows, -1),
             "weight_scale": block_scale.view(*lead, rows, -1),
-            "weight_scale_2": unit_scale[:, None].repeat(1, len(shape.rows)).view(*lead, len(shape.rows)),
+            "weight_scale_2": unit_scale[:, None].expand(-1, len(shape.rows)).contiguous().view(*lead, len(shape.rows)),
         }
 
     def row_scale(self, stored: Stored, shape: WeightShape) -> Tensor:

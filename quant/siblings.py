@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .device import Capability
 from .kernel import WEIGHT_ONLY, LinearKernel, select_kernel
+from .kernels.plain import PlainKernel
+from .kernels.torch_fp8 import TILE, TorchFP8Kernel
 from .scheme import FP8, Plain, Scheme, Stored, TensorSpec, WeightShape
 from .slot import WeightSlot
 
@@ -48,8 +50,8 @@ class SiblingLinears:
     """y_i = x W_i^T (+ bias): one slot over the named modules, a kernel for each of them.
 
     They share what the scheme shares between shards (NVFP4's global scale), as ModelOpt lets linears do that read the
-    same input; each is computed when it is asked for. `no_weight_only`: why `apply_weight_only` is not to be had,
-    or None.
+    same input; each is computed when it is asked for. `joined`: one product of them all, where their rows lie in one
+    packed weight, else None; `no_weight_only`: why `apply_weight_only` is not to be had, or None.
     """
 
     def __init__(
@@ -72,9 +74,10 @@ class SiblingLinears:
             for shape in shapes
         ]
         shape = WeightShape(tuple(rows), in_features)
-        packer = SplitPacker(scheme, shape, self.kernels)
+        self.joined = self._join(shape)
+        packer = self.joined or SplitPacker(scheme, shape, self.kernels)
         self.slot = WeightSlot(name, [modules], scheme, shape, packer, device=capability.device, fused=fused)
-        self._packed = [_of_shard(self.slot.tensors, i) for i in range(len(rows))]
+        self._packed = [self._of_shard(i) for i in range(len(rows))]
         self._weight_only, self.no_weight_only = self._make_weight_only()
 
     def apply(self, shard: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,6 +89,30 @@ class SiblingLinears:
     def apply_weight_only(self, shard: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The same packed weights, the activations as they are. Only where `no_weight_only` is None."""
         return self._weight_only[shard].apply(x, self._packed[shard], bias)
+
+    def _join(self, shape: WeightShape) -> PlainKernel | TorchFP8Kernel | None:
+        """The kernel for all shards on top of each other, where a shard's packed tensors are rows of its own.
+
+        On a CPU one product pays nothing, and static scales may be each shard's own.
+        """
+        kind, *others = {type(kernel) for kernel in self.kernels}
+        if self.capability.sm is None or len(shape.rows) == 1 or others:
+            return None
+        fits = self.scheme.activation != "static" and not any(rows % TILE for rows in shape.rows)
+        if kind is PlainKernel or (issubclass(kind, TorchFP8Kernel) and fits):
+            return kind(self.scheme, shape, self.dtype, self.capability)
+        return None
+
+    def _of_shard(self, shard: int) -> dict[str, Tensor]:
+        """What a shard's kernel reads."""
+        if self.joined is not None:
+            return self.joined.rows_of(self.slot.tensors, self.slot.shape.shard_slice(shard))
+        start = f"{shard}."
+        return {key.removeprefix(start): t for key, t in self.slot.tensors.items() if key.startswith(start)}
+
+    def packed(self, shard: int) -> dict[str, Tensor]:
+        """What a shard's kernel reads: the slot's tensors, or views of them."""
+        return self._packed[shard]
 
     def _make_weight_only(self) -> tuple[list[LinearKernel], str | None]:
         """The kernels that read what is packed and leave activations alone; or none, and why."""
@@ -104,8 +131,3 @@ class SiblingLinears:
             if reason is not None:
                 return [], f"{self.slot.name}: {kernel.name}: {reason}"
         return made, None
-
-
-def _of_shard(tensors: Stored, shard: int) -> dict[str, Tensor]:
-    start = f"{shard}."
-    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}

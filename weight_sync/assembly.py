@@ -10,7 +10,7 @@ from torch import Tensor
 from ..quant import FP8, NVFP4, Plain, UnsupportedError, WeightSlot
 from ..quant.scheme import has_kernels
 from .clock import Clock
-from .digest import UnitDigests, combine_stack
+from .digest import MASK, UnitDigests, combine_units
 from .pending import Arrival, Backlog, UnitScales
 
 
@@ -158,11 +158,11 @@ def read_digests(assemblies: Sequence[Assembly]) -> None:
     if not waiting:
         return
     assemblies[0].backlog.digests.run()
-    told = (
-        torch.cat([digests.values for *_, digests in waiting]).cpu().split([len(units) for _, _, units, _ in waiting])
-    )
-    stacks: dict[tuple[Assembly, str], dict[int, Tensor]] = {}
-    for (assembly, key, units, _), values in zip(waiting, told, strict=True):
-        stacks.setdefault((assembly, key), {})[units.start] = values
-    for (assembly, key), parts in stacks.items():
-        assembly.digests[key] = combine_stack(torch.cat([parts[start] for start in sorted(parts)]))
+    told = torch.cat([digests.values for *_, digests in waiting]).cpu()
+    found: dict[tuple[Assembly, str], int] = {}
+    for (assembly, key, *_), part in zip(
+        waiting, combine_units(told, [units for *_, units, _ in waiting]), strict=True
+    ):
+        found[assembly, key] = (found.get((assembly, key), 0) + part) & MASK
+    for (assembly, key), digest in found.items():
+        assembly.digests[key] = digest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -89,7 +89,7 @@ class DigestQueue:
         from ..quant.gpu.word_sums import word_sums
 
         raw = [_in_halves(stack) for stack in stacks]
-        lengths = [signed(stack.nbytes // len(stack) * LENGTH & MASK) for stack in stacks]
+        lengths = [signed(stack.nbytes // stack.shape[0] * LENGTH & MASK) for stack in stacks]
         for one, values in zip(digests, word_sums(raw, _word_multipliers(raw[0].device), lengths), strict=True):
             one.values = values
 
@@ -97,10 +97,10 @@ class DigestQueue:
 def _in_halves(stack: Tensor) -> Tensor:
     """The stack, or a copy of it that begins and whose units end at multiples of 4 bytes, filled up with zeros."""
     stack = stack.detach().contiguous()
-    size = stack.nbytes // len(stack)
+    size = stack.nbytes // stack.shape[0]
     if size % 4 == 0 and stack.data_ptr() % 4 == 0:
         return stack
-    return F.pad(stack.view(len(stack), -1).view(torch.uint8), (0, -size % 4)).clone()
+    return F.pad(stack.view(stack.shape[0], -1).view(torch.uint8), (0, -size % 4)).clone()
 
 
 def signed(value: int) -> int:
@@ -121,9 +121,15 @@ def _rows_digest(raw: Tensor, first_row: int) -> int:
     return total
 
 
-def combine_stack(digests: Tensor) -> int:
-    """One digest of those of all units, int64 on the host: sum of digest_u * odd(u); that of unit 0 if it is alone."""
-    return int((digests * _odd_multipliers(len(digests))).sum()) & MASK  # wraps at 64 bits
+def combine_units(digests: Tensor, pieces: Sequence[range]) -> list[int]:
+    """Digests of units, int64 on the host, piece by piece of stacks -> what each piece adds to its stack's digest.
+
+    That is the sum of digest_u * odd(u), which for unit 0 alone is its own digest.
+    """
+    factors = torch.cat([_odd_multipliers(units.stop)[units.start :] for units in pieces])
+    sums = (digests * factors).cumsum(0)  # wraps at 64 bits
+    ends = sums[torch.tensor([len(units) for units in pieces]).cumsum(0) - 1].tolist()
+    return [(end - before) & MASK for before, end in zip([0, *ends], ends, strict=False)]
 
 
 @cache

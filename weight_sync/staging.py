@@ -42,6 +42,7 @@ class SlotStaging:
         self.primary = self.assembly.primary
         self.received: set[tuple[int, int, str]] = set()
         self.handed_on: set[int] = set()  # units that are complete
+        self._came_whole = False  # the weight of all units, in one tensor
         self.pending: dict[int, PendingUnit] = {}
         self.runs: dict[int, Run] = {}  # of every pending unit
         first = next(iter(slot.tensors.values()))
@@ -56,7 +57,7 @@ class SlotStaging:
 
     def receive(self, name: str, tensor: str, unit: int, shard: int, value: Tensor) -> bool:
         """Take one shard's tensor; False if it came before. The value is copied before this returns."""
-        if (unit, shard, tensor) in self.received:
+        if (unit, shard, tensor) in self.received or (self._came_whole and tensor != "input_scale"):
             return False
         value = value.detach()
         if tensor == "input_scale":
@@ -75,7 +76,7 @@ class SlotStaging:
         """Take all units of a float weight at once; without a copy in between if it has the dtype, the order and the
         device that the slot quantizes from: then a GPU may read it until `backlog.look()` and `backlog.side.wait()`."""
         units, device, dtype = self.slot.shape.num_units, self.device, self._unquantized.dtype
-        self.received |= {(u, s, self.primary) for u in range(units) for s in range(len(self.slot.shape.rows))}
+        self._came_whole = True
         step = self._run_length
         self.handed_on.update(range(units))
         for start in range(0, units, step):

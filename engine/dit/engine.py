@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from msgspec.structs import asdict, replace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...weight_sync import Source, SyncPlan, UpdateReport, WeightSession
 from ..config import EngineConfig
-from ..engine import Engine
+from ..engine import Engine, SleepTag
 from ..env import read_toggles
 from ..errors import ConfigError, RequestError, UnsupportedError
 from ..kernel_names import read_kernel_names
@@ -75,6 +75,8 @@ class DiffusionEngine(Engine):
         self._turns = Turns(self._policy, self.device)
         for transformer in self.transformers.values():
             transformer.compute_within(self._turns.call)
+            if (capability.sm or 0) >= 89 and "triton" in capability.libraries and self.dtype == torch.bfloat16:
+                transformer.fuse(graphs=self.config.cuda_graphs)
 
     def _sync_plan(self) -> SyncPlan:
         slots = [slot for transformer in self.transformers.values() for slot in transformer.slots]
@@ -267,6 +269,15 @@ class DiffusionEngine(Engine):
             cfg = scale, params.true_cfg_scale_2 or scale
         return self.rollouts.plan(params, self.rollouts.family.guidance(params), cfg)
 
+    def sleep(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
+        """As `Engine.sleep`; with the weights go the CUDA graphs that read them."""
+        self._check_tags(tags)
+        if "weights" in tags:
+            with self._turns.gate.visit():
+                for transformer in self.transformers.values():
+                    transformer.forget_graphs()
+        super().sleep(tags)
+
     def pause(self, mode: Literal["keep"] = "keep") -> None:
         """Stop between two batches of samples, until `resume`; returns once none is under way.
 
@@ -347,6 +358,7 @@ class DiffusionEngine(Engine):
             "transformers": {name: one.config.get("_class_name") for name, one in self.transformers.items()},
             "dual": self.config.dual,
             "max_denoise_batch": self.config.max_denoise_batch,
+            "unfused": {name: one.unfused() for name, one in self.transformers.items()},
             "paused": self._turns.paused,
         }
 
@@ -367,7 +379,6 @@ LANGUAGE_SETTINGS = (
     "kv_cache_tokens",
     "prefix_cache",
     "attention",
-    "cuda_graphs",
 )
 
 

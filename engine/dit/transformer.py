@@ -7,7 +7,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,11 @@ from ...quant.linear import plain_slot
 from ..kernel_names import KernelNames
 from ..schemes import SchemeResolver
 from .groups import is_linear, sibling_linears
+from .linears import Linears
 from .slot_linear import Apply, PrecisionSwitch, SlotLinear
+
+if TYPE_CHECKING:
+    from .gpu.forward import FusedForward
 
 __all__ = ["PrecisionSwitch", "Transformer", "transformer_class"]
 
@@ -53,10 +57,12 @@ class Transformer:
         self.name, self.config, self.resolver, self.switch = name, dict(config), resolver, switch
         self.capability, self.dtype, self.names, self.dual = capability, dtype, names or KernelNames(), dual
         self.slots: list[WeightSlot] = []
+        self.linears: dict[tuple[str, ...], Linears] = {}  # by their names in the model
         self.twins: dict[WeightSlot, WeightSlot] = {}
         self.module = empty_model(config)
         wide = getattr(self.module, "_keep_in_fp32_modules", None) or ()
         self._wide = frozenset([wide] if isinstance(wide, str) else wide)
+        self._fused: FusedForward | None = None
         self._refused: dict[str, str] = {}  # module -> why it cannot be quantized
         self._quants: set[str] = set()  # formats of the quantized layers
         self._no_weight_only: str | None = None  # why one of them cannot
@@ -102,13 +108,40 @@ class Transformer:
     def compute_within(self, turn: Callable[[], AbstractContextManager[None]]) -> None:
         """Let every forward of the module happen within `turn()`."""
         module, inner = weakref.ref(self.module), type(self.module).forward  # no cycle: it would hold the weights
+        signature, this = inspect.signature(self.module.forward), weakref.ref(self)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with turn():
-                return inner(module(), *args, **kwargs)
+                transformer, given = this(), signature.bind(*args, **kwargs).arguments
+                output = None if transformer is None else transformer._fused_output(given)
+                return inner(module(), *args, **kwargs) if output is None else output
 
         forward.__doc__, forward.__signature__ = inner.__doc__, inspect.signature(self.module.forward)  # pyright: ignore[reportFunctionMemberAccess]
         self.module.forward = forward
+
+    def fuse(self, *, graphs: bool) -> None:
+        """Compute forwards in few launches where that can be (see `gpu/forward.py`); as CUDA graphs if `graphs`."""
+        from .gpu.forward import FusedForward
+
+        self._fused = FusedForward(self.module, self.linears, [*self.slots, *self.twins.values()], graphs=graphs)
+
+    def forget_graphs(self) -> None:
+        """Give the memory of CUDA graphs back; the next forwards capture anew."""
+        if self._fused is not None:
+            self._fused.forget_graphs()
+
+    def unfused(self) -> str | None:
+        """Why forwards in "quantized" go layer by layer, or None if they do not."""
+        return "fused kernels are for BF16 on a GPU" if self._fused is None else self._fused.reason("quantized")
+
+    def _fused_output(self, inputs: Mapping[str, Any]) -> Any:
+        """What a forward of the module returns for these arguments; None where layer after layer must compute it."""
+        velocity = None if self._fused is None else self._fused(self.switch.now, inputs)
+        if velocity is None or not inputs.get("return_dict", True):
+            return None if velocity is None else (velocity,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=velocity)
 
     @property
     def width(self) -> int:
@@ -151,6 +184,7 @@ class Transformer:
             twin = self._siblings(modules, linears, self._plain(modules[0]), fused, suffix="@bf16")
             self.twins[served.slot] = twin.slot
         biases = self._biases(modules, linears, fused)
+        self.linears[tuple(modules)] = Linears(served, twin, biases)
         for shard, (module, linear) in enumerate(zip(modules, linears, strict=True)):
             dtype = self._dtype_of(module)
             replaced = SlotLinear(
@@ -161,7 +195,7 @@ class Transformer:
                 biases[shard],
                 dtype=dtype,
                 device=self.capability.device,
-                read=None if quantized else _reader(served.slot.tensors[f"{shard}.weight"], dtype),
+                read=None if quantized else _reader(served.packed(shard)["weight"], dtype),
                 per_sample=scheme.activation == "per_tensor",
             )
             self.module.set_submodule(module, replaced)

@@ -42,18 +42,18 @@ def logits_kernel(
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     start = tl.arange(0, SLICES)[:, None] * (steps * DEPTH) + tl.arange(0, DEPTH)[None, :]
-    x_row, w_row = tl.where(token < M, token, 0).to(tl.int64), tl.where(expert < num_experts, expert, 0)
-    x_ptr += x_row[None, :, None] * K + start[:, None, :]
-    w_ptr += w_row[None, None, :] * K + start[:, :, None]
+    inside = (token < M)[None, :, None]  # others read nothing: one line that all programs ask for is slow to come
+    x_ptr += token.to(tl.int64)[None, :, None] * K + start[:, None, :]
+    w_ptr += tl.where(expert < num_experts, expert, 0)[None, None, :] * K + start[:, :, None]
     total = tl.zeros((SLICES, TOKENS, EXPERTS), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         at = step * DEPTH
         if RAGGED:
             left = start < K - at
-            x = tl.load(x_ptr + at, mask=left[:, None, :], other=0.0)
+            x = tl.load(x_ptr + at, mask=inside & left[:, None, :], other=0.0)
             w = tl.load(w_ptr + at, mask=left[:, :, None], other=0.0)
         else:
-            x, w = tl.load(x_ptr + at), tl.load(w_ptr + at)
+            x, w = tl.load(x_ptr + at, mask=inside, other=0.0), tl.load(w_ptr + at)
         total = tl.dot(x, w, total)
     exists = (token < M)[:, None] & (expert < num_experts)[None, :]
     target = logits_ptr + token.to(tl.int64)[:, None] * num_experts + expert[None, :]

@@ -215,6 +215,23 @@ def nvfp4_products(x: Tensor, input_scale: Tensor | None = None, repeat: int = 1
 
 
 @triton.jit
+def fp8_scale(amax):
+    """float32 amax of some rows -> their decode scales; 1 for a row of zeros."""
+    scale = tl.div_rn(amax, 448.0 + amax * 0)
+    return tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def fp8_codes(x, scale):
+    """float32 x [ROWS, COLS], decode scales [ROWS] -> E4M3 codes of x / scale, rounded once."""
+    if tl.min(scale, axis=0) >= LEAST_SCALE:
+        values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
+    else:
+        values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    return tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@triton.jit
 def write_fp8(
     x,
     rows,
@@ -233,17 +250,10 @@ def write_fp8(
     if STATIC:
         scale = _static_scale(static_ptr, rows, num_rows, STATIC)
     else:
-        amax = tl.max(tl.abs(x), axis=1)
-        scale = tl.div_rn(amax, 448.0 + amax * 0)
-        scale = tl.where(scale > 0, scale, 1.0)
+        scale = fp8_scale(tl.max(tl.abs(x), axis=1))
         tl.store(token_ptr + rows, scale, mask=inside)
-    if tl.min(scale, axis=0) >= LEAST_SCALE:
-        values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
-    else:
-        values = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     offset = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(codes_ptr + offset, values.to(tl.float8e4nv), mask=inside[:, None] & (cols < K)[None, :])
+    tl.store(codes_ptr + offset, fp8_codes(x, scale), mask=inside[:, None] & (cols < K)[None, :])
 
 
 @triton.jit

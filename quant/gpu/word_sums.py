@@ -65,20 +65,21 @@ def word_sums(stacks: Sequence[Tensor], multipliers: Tensor, constants: Sequence
     int64, the last one filled up with zeros, wrapping at 64 bits; multipliers int64 [row, a power of two].
     """
     begins, entries, program, first = [], [], 0, 0
-    for stack, constant in zip(stacks, constants, strict=True):
-        halves = stack.nbytes // len(stack) // 4
-        rows = max(1, -(-halves // (2 * len(multipliers))))
+    counts, row = [stack.shape[0] for stack in stacks], multipliers.shape[0]
+    for stack, count, constant in zip(stacks, counts, constants, strict=True):
+        halves = stack.nbytes // count // 4
+        rows = max(1, -(-halves // (2 * row)))
         begins.append(program)
         entries += [stack.data_ptr(), halves, rows, first, constant]
-        program += rows * len(stack)
-        first += len(stack)
+        program += rows * count
+        first += count
     most = triton.next_power_of_2(len(stacks))
     table = torch.tensor([*begins, *[1 << 62] * (most - len(stacks)), *entries])
     sums = torch.zeros(first, dtype=torch.int64, device=multipliers.device)
     if multipliers.is_cuda:
         table = table.pin_memory().to(multipliers.device, non_blocking=True)
     _launch(multipliers, table, sums, program, most)
-    return list(sums.split([len(stack) for stack in stacks]))
+    return list(sums.split(counts))
 
 
 @on_own_device

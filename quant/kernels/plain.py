@@ -40,3 +40,7 @@ class PlainKernel:
 
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         return matmul(x, packed["weight"], bias)
+
+    def rows_of(self, packed: Stored, part: slice) -> dict[str, Tensor]:
+        """What `apply` of a kernel for some of the rows reads: a view."""
+        return {self.tensor: packed[self.tensor][part]}

@@ -29,6 +29,11 @@ def cpu_takes_row_scales() -> bool:
     return True
 
 
+def _aligned(scale: Tensor) -> Tensor:
+    """cuBLAS reads vectors of scales 16 bytes at a time: those that begin elsewhere (some tokens of many) move."""
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
+
+
 def _ceil(size: int) -> int:
     return -(-size // TILE) * TILE
 
@@ -90,19 +95,44 @@ class TorchFP8Kernel:
         """Of rows that need no padding along K."""
         return self.scheme.activation == "per_token" and self.padded[1] == self.shape.cols
 
-    def multiply(self, rows: FP8Rows, packed: Stored, bias: Tensor | None = None) -> Tensor:
-        """`rows` have K columns, zero-padded like the weight's; one scale for all is as good as one a row."""
+    def multiply(
+        self,
+        rows: FP8Rows,
+        packed: Stored,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        *,
+        fast: bool = False,
+    ) -> Tensor:
+        """`rows` have K columns, zero-padded like the weight's; one scale for all is as good as one a row.
+
+        `out`: BF16 [num_tokens, num_rows] to write to, of a weight without padding. On a GPU the bias is added before
+        the result is rounded. `fast` (Hopper): sums stay in the tensor cores, which keep fewer bits than float32, for
+        the whole of K.
+        """
         if not len(rows):
             return rows.codes.new_empty(0, self.shape.num_rows, dtype=self.dtype)
-        out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        whole = self.padded[0] == self.shape.num_rows
+        assert whole or out is None
+        within = bias is not None and whole and rows.codes.is_cuda
+        product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             rows.codes,
             packed["weight"].t(),
-            scale_a=rows.scale.view(-1, 1).expand(len(rows), 1).contiguous(),
-            scale_b=packed["row_scale"],
+            scale_a=_aligned(rows.scale.view(-1, 1).expand(len(rows), 1).contiguous()),
+            scale_b=_aligned(packed["row_scale"]),
+            bias=bias if within else None,
             out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
+            out=out,  # pyright: ignore[reportCallIssue, reportArgumentType]
         )
-        out = out[:, : self.shape.num_rows].to(self.dtype)
-        return out if bias is None else out + bias
+        product = product[:, : self.shape.num_rows].to(self.dtype)
+        if bias is None or within:
+            return product
+        return product + bias if out is None else product.add_(bias)
+
+    def rows_of(self, packed: Stored, part: slice) -> dict[str, Tensor]:
+        """What `apply` of a kernel for some of the rows reads, multiples of 16: views."""
+        return {"weight": packed["weight"][part], "row_scale": packed["row_scale"][:, part]}
 
 
 class TorchFP8WeightOnly(TorchFP8Kernel):

@@ -30,10 +30,18 @@ class TritonFP8Kernel(TorchFP8Kernel):
             return f"gives BF16 results, not {dtype}"
         return TorchFP8Kernel.unsupported(scheme, shape, dtype, capability)
 
-    def multiply(self, rows: FP8Rows, packed: Stored, bias: Tensor | None = None) -> Tensor:
+    def multiply(
+        self,
+        rows: FP8Rows,
+        packed: Stored,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        *,
+        fast: bool = False,
+    ) -> Tensor:
         from ..gpu.fp8_gemm import few_tokens, most_tokens
 
         if len(rows) > most_tokens(self.shape.num_rows):
-            return super().multiply(rows, packed, bias)
+            return super().multiply(rows, packed, bias, out, fast=fast)
         row_scale, num_rows = packed["row_scale"][0], self.shape.num_rows
-        return few_tokens(rows.codes, rows.scale, packed["weight"], row_scale, num_rows, bias)
+        return few_tokens(rows.codes, rows.scale, packed["weight"], row_scale, num_rows, bias, out)

@@ -27,7 +27,7 @@ TINY = Qwen3MoeConfig(
 )
 PROMPTS = [list(range(start, start + 5 + start % 11)) for start in range(0, 160, 10)]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
-LONG = SamplingParams(temperature=1.0, max_new_tokens=240, ignore_eos=True, seed=3)
+LONG = SamplingParams(temperature=1.0, max_new_tokens=800, ignore_eos=True, seed=3)
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,16 @@ from rollmill.quant import (
     BF16,
     FP8,
     NVFP4,
+    Capability,
     QuantLinear,
     SiblingLinears,
     UnsupportedError,
     find_capability,
     make_scheme,
 )
+from rollmill.quant.fp8_rows import FP8Rows
+from rollmill.quant.kernels.activation import fp8_codes
+from rollmill.quant.kernels.torch_fp8 import TorchFP8Kernel, cpu_takes_row_scales
 from rollmill.weight_sync import Policy, SyncPlan
 
 CPU = find_capability("cpu")
@@ -162,3 +166,89 @@ def test_one_meter_sees_the_input_once(make, weights):
 def test_a_format_that_cannot_hold_the_shape(kernel):
     with pytest.raises(UnsupportedError, match="multiple of 16"):
         SiblingLinears("odd", ["odd"], [8], 40, NVFP4(), capability=CPU, dtype=torch.float32, kernel=kernel)
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HOPPER = Capability(DEVICE, 90, ("triton",))
+multiplies_rows = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not cpu_takes_row_scales(), reason="this torch takes no scale a row on a CPU"
+)
+
+
+def on_hopper(scheme, rows=ROWS, kernel="torch_fp8"):
+    """Siblings as a Hopper GPU has them."""
+    return SiblingLinears(
+        "attn", MODULES, list(rows), COLS, scheme, capability=HOPPER, dtype=torch.bfloat16, kernel=kernel
+    )
+
+
+@multiplies_rows
+@pytest.mark.parametrize("kernel", ["torch_fp8", "triton_fp8"])
+@pytest.mark.parametrize("name", ["bf16", "fp8-per_token", "fp8_channel"])
+def test_on_a_gpu_siblings_are_rows_of_one_product(name, kernel, weights):
+    """One packed weight; every sibling computes its rows of it, as it would alone."""
+    if kernel == "triton_fp8":
+        pytest.importorskip("triton", reason="triton is not installed")
+    scheme = SCHEMES[name]
+    siblings, x = on_hopper(scheme, kernel=kernel), normal(7, COLS, seed=9).bfloat16().to(DEVICE)
+    load(siblings.slot, weights, scheme)
+    assert siblings.joined is not None
+    whole = siblings.joined.apply(x, siblings.slot.tensors)
+    for shard, (module, expected) in enumerate(zip(MODULES, whole.split(ROWS, dim=-1), strict=True)):
+        alone = QuantLinear(
+            [module], [ROWS[shard]], COLS, scheme, capability=HOPPER, dtype=torch.bfloat16, kernel=kernel
+        )
+        load(alone.slot, {f"{module}.weight": weights[f"{module}.weight"]}, scheme)
+        assert torch.equal(siblings.apply(shard, x), alone(x))
+        torch.testing.assert_close(siblings.apply(shard, x), expected, rtol=2e-2, atol=1e-2)
+        for key, part in siblings.packed(shard).items():
+            assert torch.equal(part.float(), alone.slot.tensors[key].float())
+            assert part.untyped_storage().data_ptr() == siblings.slot.tensors[key].untyped_storage().data_ptr()
+
+
+@multiplies_rows
+def test_released_siblings_come_back_whole(weights):
+    """Rows are views: they follow their slot's storage out and in."""
+    scheme = SCHEMES["fp8_channel"]
+    siblings, x = on_hopper(scheme), normal(3, COLS, seed=9).bfloat16().to(DEVICE)
+    load(siblings.slot, weights, scheme)
+    before = [siblings.apply(shard, x) for shard in range(3)]
+    siblings.slot.release()
+    assert siblings.slot.num_bytes == 0
+    siblings.slot.allocate()
+    load(siblings.slot, weights, scheme)
+    assert all(torch.equal(siblings.apply(shard, x), one) for shard, one in enumerate(before))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "kernel"),
+    [
+        ("fp8-static", ROWS, "torch_fp8"),
+        ("fp8_channel", (48, 30, 16), "torch_fp8"),
+        ("nvfp4-per_token", ROWS, "exact"),
+    ],
+    ids=["a static scale each", "rows that are padded", "a kernel that packs otherwise"],
+)
+def test_what_stays_apart(name, rows, kernel):
+    assert on_hopper(SCHEMES[name], rows, kernel).joined is None
+
+
+@pytest.mark.gpu
+def test_some_tokens_of_quantized_activations():
+    """Scales of some tokens begin where cuBLAS cannot read them at once."""
+    try:
+        capability = find_capability("cuda")
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    scheme, device = SCHEMES["fp8_channel"], capability.device
+    layer = QuantLinear(["a"], [384], 128, scheme, capability=capability, dtype=torch.bfloat16, kernel="torch_fp8")
+    load_alone = {"a.weight": normal(384, 128).bfloat16()}
+    Policy(SyncPlan([layer.slot])).update(load_alone, "1")
+    rows = FP8Rows(*fp8_codes(normal(14, 128, seed=3).bfloat16().to(device), "per_token", None))
+    bias = normal(384, seed=4).bfloat16().to(device)
+    assert isinstance(layer.kernel, TorchFP8Kernel)
+    whole = layer.kernel.multiply(rows, layer.slot.tensors, bias)
+    for first in range(14):
+        some = FP8Rows(rows.codes[first:], rows.scale[first:])
+        part = layer.kernel.multiply(some, layer.slot.tensors, bias, torch.empty_like(whole[first:]))
+        torch.testing.assert_close(part, whole[first:], rtol=1e-2, atol=1e-2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollmill.quant import NVFP4, make_scheme
-from rollmill.weight_sync.digest import combine_stack, tensor_digest
+from rollmill.weight_sync.digest import combine_units, tensor_digest
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 16383, 16384, 16385, 40000])
@@ -55,12 +55,15 @@ def test_views_and_alignment_do_not_matter():
 
 
 def test_units_combine_by_place():
-    digests = torch.randint(-(2**62), 2**62, (7,), generator=torch.Generator().manual_seed(2))
-    mask = (1 << 64) - 1
-    total = sum(d * ((unit * 0x9E3779B97F4A7C15 & mask) | 1) for unit, d in enumerate(digests.tolist()))
-    assert combine_stack(digests) == total & mask
-    assert combine_stack(digests[:1]) == digests.tolist()[0] & mask
-    assert combine_stack(digests.flip(0)) != combine_stack(digests)
+    digests = torch.randint(-(2**62), 2**62, (12,), generator=torch.Generator().manual_seed(2))
+    mask, pieces = (1 << 64) - 1, [range(1), range(3, 7), range(3), range(1), range(40, 43)]
+    values, expected = iter(digests.tolist()), []
+    for units in pieces:
+        terms = [next(values) * ((unit * 0x9E3779B97F4A7C15 & mask) | 1) for unit in units]
+        expected.append(sum(terms) & mask)
+    assert combine_units(digests, pieces) == expected
+    assert expected[0] == digests.tolist()[0] & mask
+    assert combine_units(digests[:2].flip(0), [range(2)]) != combine_units(digests[:2], [range(2)])
 
 
 @pytest.mark.parametrize("scheme", [NVFP4(), make_scheme("fp8")], ids=lambda s: s.name)

@@ -1,0 +1,1 @@
+"""What diffusion transformers compute between their linears, in few launches on a GPU."""

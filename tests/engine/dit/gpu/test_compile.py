@@ -1,0 +1,39 @@
+"""The kernels between linears compile ahead of time for Hopper and Blackwell, without spills and with wide loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+SCRIPT = Path(__file__).parent / "compile_kernels.py"
+ARCHITECTURES = (90, 100)
+SHARED = 227 * 1024  # bytes a program may have
+KERNELS = 5
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *map(str, ARCHITECTURES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(compiled: dict[str, dict[str, Any]], sm: int):
+    found = {name: needs for name, needs in compiled.items() if name.endswith(f" sm{sm}")}
+    assert len(found) == KERNELS
+    for name, needs in found.items():
+        assert needs["STACK"] == needs["LOCAL"] == 0, name
+        assert needs["REG"] <= 128, name  # two programs of 512 threads, or more, on a multiprocessor
+        assert needs["shared"] <= SHARED // 2, name
+        assert needs["wide"] > 0, name  # loads of 16 bytes a thread
