@@ -2,7 +2,7 @@
 
 Up to FEW tokens: the weight's rows are the tall side of a tile, K is cut into equal slices, by the shape alone, and
 every warp of a program sums one slice, step by step; then the slices are summed in order. A token's result depends on
-no other token, nor on how many there are. Up to MIDDLE it has the same bits from the large matrix instruction
+no other token, nor on how many there are. Up to MIDDLE tokens it has the same bits from the large matrix instruction
 (`nvfp4_middle.py`). Above, weights are decoded to BF16 once and multiplied as such: again independent of other tokens,
 but summed in another order.
 """
@@ -47,6 +47,7 @@ FEW = 16
 MIDDLE, LARGE = 256, 1 << 25
 SMALL_MIDDLE, MIDDLE_TILE = Tile(64, 32, 3, warps=4), Tile(64, 64, 3, warps=4)
 TALL_MIDDLE, WIDE_MIDDLE = Tile(128, 64, 3, warps=4), Tile(128, 128, 3, warps=8)
+MIDDLE_TILES = (SMALL_MIDDLE, MIDDLE_TILE, TALL_MIDDLE, WIDE_MIDDLE)
 MULTIPROCESSORS = 132
 MANY_TILES = (
     (512, Tile(128, 64, 4, depth=64, warps=4)),
@@ -68,9 +69,6 @@ def middle_tile(num_rows: int, M: int) -> Tile | None:
     if M > 32 and programs[MIDDLE_TILE] >= MULTIPROCESSORS:
         return MIDDLE_TILE
     return None if FEW_TILES[-1][0] >= M and programs[SMALL_MIDDLE] <= MULTIPROCESSORS else SMALL_MIDDLE
-
-
-MIDDLE_TILES = (SMALL_MIDDLE, MIDDLE_TILE, TALL_MIDDLE, WIDE_MIDDLE)
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -211,9 +209,10 @@ def nvfp4_matmul(
     """
     scales = packed["row_scale"], x if token_scale is None else token_scale, x if bias is None else bias
     scaled = 0 if token_scale is None else 1 if token_scale.ndim else 2
-    N, most = out.shape[1], MIDDLE * (1 + (out.shape[1] * x.shape[1] >= LARGE))
-    few = len(x) <= FEW or (len(x) <= most and middle_tile(N, len(x)) is None)
-    launch = _launch_few if few else _launch_middle if len(x) <= most else _launch_many
+    M, N = len(x), out.shape[1]
+    most = 2 * MIDDLE if N * x.shape[1] >= LARGE else MIDDLE
+    few = M <= FEW or (most >= M and middle_tile(N, M) is None)
+    launch = _launch_few if few else _launch_middle if most >= M else _launch_many
     launch(x, packed, scales, out, rows, {"SCALED": scaled, "BIAS": bias is not None})
 
 

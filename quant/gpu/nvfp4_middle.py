@@ -1,6 +1,6 @@
 """x W^T with NVFP4 weights for more tokens than the small matrix instruction is good for: widened in registers too.
 
-The same bits as `nvfp4_gemm.few_tokens`: the slices of K that are warps there follow each other here, each summed from
+The same bits as `nvfp4_gemm._few_tokens`: the slices of K that are warps there follow each other here, each summed from
 zero, and their sums are added in the same order. Activations lie in word order (`nvfp4_words.py`).
 """
 
