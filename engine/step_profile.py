@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 # What a kernel's name holds, in the order of asking. On a CPU the names are those of torch's operations.
 KINDS = (
     ("attention", ("flashinfer", "_qkv_kernel", "fmha", "flash_", "attention")),
-    ("experts", ("gate_up", "_down", "finalize_kernel", "_one_program", "_count_kernel", "_place_kernel", "_softmax_")),
+    ("experts", ("gate_up", "_down", "finalize_kernel", "word_order")),
+    ("routing", ("logits_kernel", "_softmax_", "_one_program", "_count_kernel", "_place_kernel")),
     ("linears", ("nvjet", "gemm", "cutlass", "_tokens", "_decode", "xmma", "::mm", "addmm", "_scaled_mm", "linear")),
     ("quantizers", ("_fp8_kernel", "_nvfp4_kernel")),
     ("norms and activations", ("_norm_kernel", "_bf16_kernel", "silu", "rsqrt")),

@@ -112,6 +112,11 @@ class Request(Struct, eq=False):
             return "stop"
         return "length" if self.num_new == self.limit else None
 
+    def notify(self) -> None:
+        """Tell whoever follows this request that it has changed."""
+        if self.on_change is not None:
+            self.on_change(self)
+
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages to add so that `num_tokens` tokens have room."""
         return max(0, -(-num_tokens // PAGE_SIZE) - len(self.pages))

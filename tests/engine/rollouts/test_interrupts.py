@@ -80,7 +80,7 @@ def test_the_requests_of_others_survive_an_interrupted_step(
 
 def test_a_prompt_whose_scoring_is_interrupted_is_scored_once(open_engine, call, make_prompts, monkeypatch):
     """The driver that fails is not the one whose prompt was being scored."""
-    monkeypatch.setattr("rollmill.engine.llm.rollouts.LOGIT_ROWS", 4)
+    monkeypatch.setattr("rollmill.engine.llm.steps.LOGIT_ROWS", 4)
     engine, (prompt,) = open_engine(), make_prompts([30])
     params = SamplingParams(max_new_tokens=2, prompt_logprobs=True, temperature=1.0)
     (expected,) = engine.generate(prompt, params)
