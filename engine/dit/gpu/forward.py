@@ -39,12 +39,12 @@ class FusedForward:
         self.module, self._linears, self._slots, self._wants_graphs = module, linears, slots, graphs
         self._made: dict[str, FusedFlux | str] = {}
         self._graphs: dict[tuple[Any, ...], ForwardGraph] = {}
-        self._pool: Any = None  # one for all graphs: nothing in it outlives a replay
+        self._place: Any = None  # of all graphs: pool and stream, for what a replay uses nobody needs after it
 
     def forget_graphs(self) -> None:
         """Give their memory back."""
         self._graphs.clear()
-        self._pool = None
+        self._place = None
 
     def __call__(self, precision: str, inputs: Mapping[str, Any]) -> Tensor | None:
         """The velocity for the keywords of a forward; None where the module's own forward must serve."""
@@ -94,9 +94,10 @@ class FusedForward:
         start = time.perf_counter()
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = ForwardGraph(forward, given, addresses, self._pool)
+        if self._place is None:  # a pool lends memory again in the stream it was taken in only
+            device = given["hidden_states"].device
+            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        graph = ForwardGraph(forward, given, addresses, *self._place)
         shape = list(given["hidden_states"].shape)
         log.info("captured a forward in %s, latents %s, in %.1f s", precision, shape, time.perf_counter() - start)
         return graph
@@ -105,15 +106,17 @@ class FusedForward:
 class ForwardGraph:
     """One precision and shape. Swaps write packed tensors in place: it stays valid."""
 
-    def __init__(self, forward: FusedFlux, given: Mapping[str, Tensor], addresses: tuple[int, ...], pool: Any) -> None:
+    def __init__(
+        self, forward: FusedFlux, given: Mapping[str, Tensor], addresses: tuple[int, ...], pool: Any, stream: Any
+    ) -> None:
         self.addresses = addresses
         self.inputs = {name: value.clone() for name, value in given.items()}
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        caller = torch.cuda.current_stream(given["hidden_states"].device)
+        stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             forward(**self.inputs)  # compiles what compiles on first use
-        torch.cuda.current_stream().wait_stream(stream)
+        caller.wait_stream(stream)
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.velocity = forward(**self.inputs)
 
