@@ -112,8 +112,13 @@ def _store(
     tl.store(out_ptr + token.to(tl.int64) * N + row, total.to(tl.bfloat16), mask=(row < N) & (token < M))
 
 
-def most_tokens(num_rows: int) -> int:
-    """Up to how many tokens `few_tokens` is faster than `torch._scaled_mm`, for a weight of so many rows."""
+def most_tokens(num_rows: int, cols: int) -> int:
+    """Up to how many tokens `few_tokens` is faster than `torch._scaled_mm`, for a weight [num_rows, cols].
+
+    None where some slice would be empty: there is little to gain on so few columns.
+    """
+    if cols <= (SLICES - 1) * CUT:
+        return 0
     return 64 if num_rows <= MANY_ROWS else 32
 
 

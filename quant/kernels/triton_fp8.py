@@ -41,7 +41,7 @@ class TritonFP8Kernel(TorchFP8Kernel):
     ) -> Tensor:
         from ..gpu.fp8_gemm import few_tokens, most_tokens
 
-        if len(rows) > most_tokens(self.shape.num_rows):
+        if len(rows) > most_tokens(*self.padded):
             return super().multiply(rows, packed, bias, out, fast=fast)
         row_scale, num_rows = packed["row_scale"][0], self.shape.num_rows
         return few_tokens(rows.codes, rows.scale, packed["weight"], row_scale, num_rows, bias, out)

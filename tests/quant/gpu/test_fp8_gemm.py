@@ -82,8 +82,8 @@ def assert_near(out: torch.Tensor, expected: torch.Tensor, mass: torch.Tensor) -
 @pytest.mark.parametrize("activation", MODES)
 @pytest.mark.parametrize(
     ("rows", "cols", "count"),
-    [((48,), 1024, 1), ((33, 12, 20), 200, 7), ((5,), 16, 11), ((16,), 1072, 3)],
-    ids=["one token", "fused, odd N and K", "one block", "two cuts, the last one short"],
+    [((48,), 1024, 1), ((33, 12, 20), 1000, 7), ((5,), 16, 11), ((16,), 1072, 3)],
+    ids=["one token", "fused, odd N and K", "too narrow for slices", "two cuts, the last one short"],
 )
 def test_a_linear_equals_float64(
     linear, ref, activation: str, rows: tuple[int, ...], cols: int, count: int, per_channel: bool
@@ -93,13 +93,13 @@ def test_a_linear_equals_float64(
 
 
 def test_a_bias_is_added_before_rounding(linear, ref):
-    layer, x, bias = linear("per_token", (24, 17), 144), activations(5, 144), torch.randn(41).bfloat16()
+    layer, x, bias = linear("per_token", (24, 17), 784), activations(5, 784), torch.randn(41).bfloat16()
     expected, mass = ref.linear(x, layer.stored, layer.rows, layer.scheme)
     assert_near(layer(x, bias), expected + bias.double(), mass + bias.double().abs())
 
 
 def test_a_row_is_bit_equal_among_1_7_and_64(linear):
-    layer, x = linear("per_token", (40,), 320), activations(64, 320)
+    layer, x = linear("per_token", (40,), 1040), activations(64, 1040)
     whole = layer(x)
     assert torch.equal(layer(x[:7]), whole[:7])
     assert torch.equal(layer(x[5:6]), whole[5:6])
@@ -107,20 +107,21 @@ def test_a_row_is_bit_equal_among_1_7_and_64(linear):
 
 
 def test_codes_give_what_values_give(linear):
-    layer, x = linear("per_token", (40,), 144), activations(5, 144)
+    layer, x = linear("per_token", (40,), 784), activations(5, 784)
     rows = FP8Rows(*quantize_fp8(x.to(DEVICE)))
     assert layer.kernel.takes_codes
     assert torch.equal(layer.kernel.multiply(rows, layer.packed).cpu(), layer(x))
 
 
 def test_more_tokens_are_the_librarys(linear, monkeypatch: pytest.MonkeyPatch):
-    layer, x = linear("per_token", (40,), 64), activations(65, 64)
+    layer, x = linear("per_token", (40,), 1024), activations(65, 1024)
     monkeypatch.setattr(fp8_gemm, "few_tokens", None)
     assert layer(x).shape == (len(x), 40)
 
 
 def test_weights_of_many_rows_leave_64_tokens_to_the_library():
-    assert [fp8_gemm.most_tokens(rows) for rows in (2048, 4096, 5120, 28672)] == [64, 64, 32, 32]
+    assert [fp8_gemm.most_tokens(rows, 2048) for rows in (2048, 4096, 5120, 28672)] == [64, 64, 32, 32]
+    assert [fp8_gemm.most_tokens(2048, cols) for cols in (256, 768, 784, 1024)] == [0, 0, 64, 64]
 
 
 def test_no_rows(linear):
@@ -163,7 +164,7 @@ def test_linears_of_real_size_equal_float64_on_a_gpu(linear, ref, activation: st
     reason = TritonFP8Kernel.unsupported(FP8(), WeightShape(rows, cols), torch.bfloat16, find_capability())
     if reason is not None:
         pytest.skip(reason)
-    most = fp8_gemm.most_tokens(sum(rows))
+    most = fp8_gemm.most_tokens(sum(rows), cols)
     layer, x = linear(activation, rows, cols), activations(most, cols)
     few = layer(x)
     assert_near(few, *ref.linear(x, layer.stored, rows, layer.scheme))
