@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,10 +264,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         use_random_weights(Path(folder), num_hidden_layers=arguments.layers)
         for case in arguments.case:
-            try:
-                results += run(case, Path(folder), arguments, copy)
-            except Exception:  # the other cases are worth having
-                traceback.print_exc()
+            results += run(case, Path(folder), arguments, copy)
             gc.collect()
             torch.cuda.empty_cache()
             if not arguments.no_save:

@@ -15,16 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant.gpu.device import on_own_device
-from ...quant.gpu.early import await_inputs, early
 
 
 @triton.jit
-def find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS: tl.constexpr, SORTED: tl.constexpr, EARLY: tl.constexpr):
+def find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS: tl.constexpr, SORTED: tl.constexpr):
     """A program's expert, -1 if it has none; the (token, choice) pairs of its block, and which of them exist.
 
     Not SORTED: every pair is a block of its own, and expert_ptr are the pairs' experts.
     """
-    await_inputs(EARLY)
     block = tl.program_id(1)
     expert = tl.load(expert_ptr + block).to(tl.int64)
     place = tl.arange(0, TOKENS)
@@ -54,13 +52,12 @@ def grouped_gate_up(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """silu(gate) * up of every pair: x [tokens, K], w [experts, 2 inner, K] -> BF16 [pairs, inner].
 
     SCALED: both are FP8, every token and every row has a scale; else both are BF16.
     """
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
     token = tl.where(exists, pair // TOP_K, 0)
@@ -109,10 +106,9 @@ def grouped_down(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """x [pairs, K], w [experts, N, K] -> BF16 [pairs, N]; SCALED as above."""
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
     source = tl.where(exists, pair, 0).to(tl.int64)
@@ -129,9 +125,8 @@ def grouped_down(
 
 
 @triton.jit
-def finalize_kernel(x_ptr, weight_ptr, out_ptr, N, TOP_K: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr):
+def finalize_kernel(x_ptr, weight_ptr, out_ptr, N, TOP_K: tl.constexpr, COLS: tl.constexpr):
     """Sum over a token's choices, in their order, in float32: BF16 [tokens, TOP_K, N] -> BF16 [tokens, N]."""
-    await_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = col < N
@@ -143,10 +138,9 @@ def finalize_kernel(x_ptr, weight_ptr, out_ptr, N, TOP_K: tl.constexpr, COLS: tl
 
 
 @on_own_device
-def finalize(x: Tensor, weights: Tensor, early_launch: bool = False) -> Tensor:
+def finalize(x: Tensor, weights: Tensor) -> Tensor:
     """BF16 [tokens, top_k, N], float32 [tokens, top_k] -> BF16 [tokens, N]."""
     tokens, top_k, N = x.shape
     out = x.new_empty(tokens, N)
-    options = early(x) if early_launch else {"EARLY": False}
-    finalize_kernel[(tokens, -(-N // 1024))](x, weights, out, N, TOP_K=top_k, COLS=1024, num_warps=4, **options)
+    finalize_kernel[(tokens, -(-N // 1024))](x, weights, out, N, TOP_K=top_k, COLS=1024, num_warps=4)
     return out

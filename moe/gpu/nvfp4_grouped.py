@@ -65,7 +65,6 @@ def grouped_gate_up(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
-    EARLY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -74,7 +73,7 @@ def grouped_gate_up(
     SCALED: x are exact products of codes and block scales, and every token has a scale. WORDS: scales are read as
     int32.
     """
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
     token = tl.where(exists, pair // TOP_K, 0)
@@ -118,12 +117,11 @@ def grouped_down(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
-    EARLY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """x BF16 [pairs, K], N rows of weights -> BF16 [pairs, N]; SCALED and WORDS as above."""
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
     if expert < 0:
         return
     source = tl.where(exists, pair, 0).to(tl.int64)

@@ -81,7 +81,6 @@ class TritonRunner:
     routes: ClassVar[bool] = False
     shows_w2: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
-    launches_early: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -134,7 +133,7 @@ class TritonRunner:
             return weights.new_empty(0, self.config.hidden_size, dtype=torch.bfloat16)
         with torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
             outs = self._products(x, ids.contiguous(), w13, w2)
-        return finalize(outs.view(*ids.shape, -1), weights.float().contiguous(), self.launches_early)
+        return finalize(outs.view(*ids.shape, -1), weights.float().contiguous())
 
     def _products(self, x: Tensor | FP8Rows, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         """What the choices of every token give, BF16 [pairs, hidden_size]."""
@@ -168,7 +167,6 @@ class TritonRunner:
         **options: int,
     ) -> None:
         """One grouped product of x, in BF16, FP8 or products of NVFP4 codes and scales, with a scale a row or none."""
-        from ...quant.gpu.early import early
         from ...quant.gpu.nvfp4_words import in_word_order
         from ..gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 
@@ -186,7 +184,6 @@ class TritonRunner:
             options["WORDS"] = tile.rows < 32 * tile.warps  # less than four bytes of scales a thread
             if options["WORDS"]:
                 weights[1] = weights[1].view(torch.int32)
-        options |= early(x) if self.launches_early else {"EARLY": False}
         kernel = kernels.grouped_gate_up if weight == "w13" else kernels.grouped_down
         kernel[(num_rows // tile.rows, len(blocks[1]))](
             x, scale, *weights, out, *blocks, num_pairs, x.shape[1], num_rows,

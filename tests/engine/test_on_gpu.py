@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rollmill.engine import Engine, EngineConfig, SamplingParams, UnsupportedError
+from rollmill.engine.llm.forward import no_flashinfer
 from rollmill.moe import MoeConfig
 from rollmill.moe.runners.triton import TritonRunner
 from rollmill.quant import WeightShape, find_capability, make_scheme
@@ -197,8 +198,8 @@ def test_an_fp8_kv_cache(tmp_path):
     for attention in ("torch", "auto"):
         config = EngineConfig(device="cuda", kv_cache_dtype="fp8", attention=attention, kv_cache_tokens=4096)
         with Engine(tmp_path, config) as engine:
-            if attention == "auto" and engine.rollouts.forward.graphs is None:
-                pytest.skip("flashinfer is not installed")
+            if attention == "auto" and (reason := no_flashinfer(engine.model, config)) is not None:
+                pytest.skip(reason)
             assert engine.rollouts.cache.holds_codes == (attention == "auto")
             outs[attention] = engine.generate(prompts, params)
     near = [
