@@ -10,7 +10,7 @@ from torch import Tensor
 from ..quant import FP8, NVFP4, Plain, UnsupportedError, WeightSlot
 from ..quant.scheme import has_kernels
 from .clock import Clock
-from .digest import MASK, UnitDigests, combine_units
+from .digest import MASK, UnitDigests, combine_units, read_units
 from .pending import Arrival, Backlog, UnitScales
 
 
@@ -153,12 +153,12 @@ class Assembly:
 
 
 def read_digests(assemblies: Sequence[Assembly]) -> None:
-    """Set `digests` of all these, of one session, whose every unit has come; a GPU tells them in one transfer."""
+    """Set `digests` of all these, of one session, whose every unit has come."""
     waiting = [(assembly, *one) for assembly in assemblies for one in assembly.unread()]
     if not waiting:
         return
     assemblies[0].backlog.digests.run()
-    told = torch.cat([digests.values for *_, digests in waiting]).cpu()
+    told = read_units([digests.values for *_, digests in waiting])
     found: dict[tuple[Assembly, str], int] = {}
     for (assembly, key, *_), part in zip(
         waiting, combine_units(told, [units for *_, units, _ in waiting]), strict=True

@@ -121,6 +121,20 @@ def _rows_digest(raw: Tensor, first_row: int) -> int:
     return total
 
 
+def read_units(digests: Sequence[Tensor]) -> Tensor:
+    """All these, in order, in one tensor on the host: a GPU tells its own in one transfer, the rest are there.
+
+    Both kinds meet where a checkpoint's packed tensors, on the host, go to a GPU that quantizes the others.
+    """
+    told = list(digests)
+    for device in {values.device for values in digests}:
+        there = [i for i, values in enumerate(digests) if values.device == device]
+        whole = torch.cat([digests[i] for i in there]).cpu()
+        for i, values in zip(there, whole.split([len(digests[i]) for i in there]), strict=True):
+            told[i] = values
+    return torch.cat(told)
+
+
 def combine_units(digests: Tensor, pieces: Sequence[range]) -> list[int]:
     """Digests of units, int64 on the host, piece by piece of stacks -> what each piece adds to its stack's digest.
 
