@@ -79,18 +79,19 @@ def test_sum_and_norm_equal_torch(rows: int, cols: int, kind: NormName):
     assert_as_rounded(out, NORMS[kind](x + y, weight, EPS))
 
 
-@pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
 @shapes
-def test_choices_are_summed_on_the_way(rows: int, cols: int, codes: bool):
+def test_choices_are_summed_on_the_way(rows: int, cols: int):
     x, weight = random(rows, cols), random(cols, seed=1)
     choices = Choices(random(rows, 3, cols), torch.rand(rows, 3, device=DEVICE))
     y = (choices.values.double() * choices.weights.double()[..., None]).sum(1)  # float32 may round to the next BF16
     assert float((choices.sum().double() - y).abs().max()) <= float(y.abs().max()) * 2**-8
-    call = norms.add_rms_norm_quantize_fp8 if codes else norms.add_rms_norm
-    for found, expected in zip(
-        call(x, choices, weight, EPS, "rms"), call(x, choices.sum(), weight, EPS, "rms"), strict=True
-    ):
-        assert (found is None and expected is None) or same_bits(found, expected)
+    total, out = norms.add_rms_norm(x, choices, weight, EPS, "rms")
+    assert same_bits(total, x + choices.sum())
+    assert_as_rounded(out, NORMS["rms"](total, weight, EPS))
+    found = norms.add_rms_norm_quantize_fp8(x, choices, weight, EPS, "rms", keep=True)
+    for part, expected in zip(found, (total, out, *quantize_fp8(out)), strict=True):
+        assert part is not None
+        assert same_bits(part, expected)
 
 
 def test_heads_are_rows_too():
