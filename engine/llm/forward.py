@@ -19,6 +19,7 @@ from .transfers import upload
 
 if TYPE_CHECKING:
     from .gpu.decode_graphs import DecodeGraphs
+    from .gpu.flashinfer_attention import FlashInferAttention
 
 log = logging.getLogger("rollmill")
 
@@ -102,13 +103,21 @@ def make_forward(model: Decoder, cache: KVCache, config: EngineConfig) -> Forwar
     return Forward(model, cache, attention.step, _make_graphs(model, cache, attention, config))
 
 
-def _make_graphs(model: Decoder, cache: KVCache, attention: object, config: EngineConfig) -> DecodeGraphs | None:
+def _make_graphs(
+    model: Decoder, cache: KVCache, attention: FlashInferAttention, config: EngineConfig
+) -> DecodeGraphs | None:
+    from .gpu.decode_attention import SplitDecoding
     from .gpu.decode_graphs import DecodeGraphs
-    from .gpu.flashinfer_attention import FlashInferAttention
 
-    assert isinstance(attention, FlashInferAttention)
     reason = "cuda_graphs=False" if not config.cuda_graphs else model.uncapturable()
     if reason is not None:
         log.info("decoding without CUDA graphs: %s", reason)
         return None
-    return DecodeGraphs(model, cache, attention, config.max_batch_size)
+    asked = "attention='flashinfer'" if config.attention == "flashinfer" else None
+    reason = asked or SplitDecoding.unsupported(model.capability)
+    log.info("decoding attention: %s", "own kernel" if reason is None else f"flashinfer; not own kernel: {reason}")
+    if reason is not None:
+        return DecodeGraphs(model, cache, attention, config.max_batch_size)
+    heads = model.config.attention.num_heads
+    own = SplitDecoding(cache, model.attention_specs, heads, config.max_batch_size)
+    return DecodeGraphs(model, cache, own, config.max_batch_size)

@@ -14,9 +14,11 @@ from ..decoder import Decoder
 from ..kv_cache import KVCache
 from ..page_pool import PAGE_SIZE
 from ..paged_attention import Span
-from .flashinfer_attention import DecodeAttention, FlashInferAttention
+from .decode_attention import SplitDecodeStep, SplitDecoding
+from .flashinfer_attention import FlashInferAttention, FlashInferDecodeStep
 
 log = logging.getLogger("rollmill")
+DecodeAttention = FlashInferAttention | SplitDecoding
 
 
 class DecodeGraphs:
@@ -25,7 +27,7 @@ class DecodeGraphs:
     Rows beyond the sequences at hand compute a token that nobody reads.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, attention: FlashInferAttention, max_batch_size: int) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, attention: DecodeAttention, max_batch_size: int) -> None:
         self.model, self.cache, self.attention = model, cache, attention
         self.sizes = batch_sizes(max_batch_size)
         self._graphs: dict[int, DecodeGraph] = {}
@@ -58,12 +60,12 @@ class DecodeGraphs:
 class DecodeGraph:
     """One batch size."""
 
-    def __init__(self, model: Decoder, cache: KVCache, attention: FlashInferAttention, size: int, pool: Any) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, attention: DecodeAttention, size: int, pool: Any) -> None:
         self.model, self.cache, device = model, cache, model.device
         self.ids = torch.zeros(size, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         longest = min(cache.num_pages, -(-model.config.max_position // PAGE_SIZE))  # pages of one sequence
-        self.attend: DecodeAttention = attention.decode_step(size, size * longest)
+        self.attend: FlashInferDecodeStep | SplitDecodeStep = attention.decode_step(size, size * longest)
         self.graph = torch.cuda.CUDAGraph()
         self.attend.plan([])
         stream = torch.cuda.Stream(device)
