@@ -37,7 +37,6 @@ class Shape(Struct, frozen=True):
     prompt_rows: int = 128
     prompt_warps: int = 8
     prompt_stages: int = 3
-    token_rows: int = 16
     token_warps: int = 4
     token_stages: int = 3
     programs: int = 1024  # of single tokens, at the most
@@ -165,7 +164,7 @@ def attend_tokens(
         q, keys, values, out, scratch.peaks, scratch.masses, scratch.totals, scratch.ended,
         tokens.items, tokens.sequences, tokens.first_item, tokens.pages, num_sequences,
         *_numbers(spec, keys.stride(0)),
-        M=max(shape.token_rows, 1 << (num_heads // spec.num_kv_heads - 1).bit_length()),
+        M=max(8, 1 << (num_heads // spec.num_kv_heads - 1).bit_length()),
         STAGES=shape.token_stages, num_warps=shape.token_warps, **options, **early(q),
     )  # fmt: skip
 
