@@ -37,8 +37,10 @@ class Shape(Struct, frozen=True):
     prompt_rows: int = 128
     prompt_warps: int = 8
     prompt_stages: int = 3
-    token_warps: int = 4
-    token_stages: int = 3
+    part_warps: int = 4  # where sequences are cut into parts
+    part_stages: int = 2
+    whole_warps: int = 2  # where they are as many as fill the GPU
+    whole_stages: int = 3
     programs: int = 1024  # of single tokens, at the most
     items: int = 2048  # whose sums are kept; sequences are not cut into parts where there would be more
     enough: int = 512  # programs: sequences are not cut where they are as many without
@@ -159,13 +161,15 @@ def attend_tokens(
 ) -> None:
     """The same of single tokens; `scratch` has room for as many items as there can be."""
     options, num_sequences, num_heads = _options(spec, q.shape[1], shape), len(tokens.sequences), q.shape[1]
+    whole = num_sequences * spec.num_kv_heads >= shape.enough
     programs = min(len(tokens.items), max(1, shape.programs // spec.num_kv_heads))
     token_kernel[(spec.num_kv_heads, programs)](
         q, keys, values, out, scratch.peaks, scratch.masses, scratch.totals, scratch.ended,
         tokens.items, tokens.sequences, tokens.first_item, tokens.pages, num_sequences,
         *_numbers(spec, keys.stride(0)),
         M=max(8, 1 << (num_heads // spec.num_kv_heads - 1).bit_length()),
-        STAGES=shape.token_stages, num_warps=shape.token_warps, **options, **early(q),
+        STAGES=shape.whole_stages if whole else shape.part_stages,
+        num_warps=shape.whole_warps if whole else shape.part_warps, **options, **early(q),
     )  # fmt: skip
 
 
