@@ -33,10 +33,7 @@ def _finite(peak):
 @triton.jit
 def _each_row(x, TURNED: tl.constexpr):
     """A value of each row of q, [M], beside what rows have many of: [M, 1], or [1, M] where those lie in columns."""
-    if TURNED:  # noqa: RET505, SIM108 (Triton compiles both ways out otherwise)
-        return x[None, :]
-    else:
-        return x[:, None]
+    return tl.expand_dims(x, 0 if TURNED else 1)
 
 
 @triton.jit
