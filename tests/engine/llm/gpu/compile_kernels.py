@@ -57,7 +57,9 @@ BLOCKS = {
 PARTS = {"sums_ptr": FP32, "peaks_ptr": FP32, "best_ptr": I32}
 STRIDES = dict.fromkeys(("vocab", "stride", "num_parts"), "i32")
 LOGITS = {"logits_ptr": BF16, "temperature_ptr": FP32}
-DRAW = LOGITS | {"uniform_ptr": F64} | PARTS | {"ids_ptr": I64, "values_ptr": F64, "num_rows": "i32"} | STRIDES
+CHOICE = {"uniform_ptr": F64, "given_ptr": I64}
+DRAW = LOGITS | CHOICE | PARTS | {"ids_ptr": I64, "values_ptr": F64, "num_rows": "i32"} | STRIDES
+DRAWN = {"BLOCK": 256, "PART": 16, "PARTS": 64}
 GATED = {"gate_up_ptr": BF16, "static_ptr": FP32}
 EARLY = {"EARLY": True}
 ROW = {"ROWS": 1, "BLOCK_K": 2048}  # Qwen3-30B-A3B's hidden size
@@ -87,7 +89,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "route_softmax 128": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 128}, 1),
         "route_softmax 512": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 512, "SHORT": False}, 4),
         "sums of a vocabulary": (sampling._sum_kernel, LOGITS | PARTS | STRIDES, {"BLOCK": 256, "PART": 16}, 8),
-        "draw": (sampling._draw_kernel, DRAW, {"BLOCK": 256, "PART": 16, "PARTS": 64}, 4),
+        "draw": (sampling._draw_kernel, DRAW, DRAWN | {"GIVEN": False}, 4),
+        "score": (sampling._draw_kernel, DRAW, DRAWN | {"GIVEN": True}, 4),
         "make_blocks 8": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 16, "PAIRS": 128}, 4),
         "make_blocks 4096": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 64, "PAIRS": 4096}, 16),
         "silu_and_mul": (
