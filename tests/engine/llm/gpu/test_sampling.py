@@ -165,12 +165,16 @@ def test_scores_with_and_without_kernels(monkeypatch: pytest.MonkeyPatch, temper
 
 
 def test_requests_drawn_apart(monkeypatch: pytest.MonkeyPatch):
-    """Each as if it were alone: a plain one by the kernel, whoever else is there."""
-    logits = logits_of(3, 5000, torch.float32)
-    rows = [Row(PLAIN[0]), Row(WIDE[0]), Row(PLAIN[-1])]
+    """Each as if it were alone: a plain one by the kernel, whoever else is there. Log-probs are those of `score`."""
+    params = [PLAIN[0], SamplingParams(temperature=0.7, top_p=0.8), *WIDE]
+    logits, rows = logits_of(len(params), 5000, torch.bfloat16), [Row(one) for one in params]
     monkeypatch.setattr(sampler, "has_kernels", lambda x: True)
     apart = sampler.sample(logits, rows, apart=True)
-    alone = [sampler.sample(logits[i : i + 1], [row]).read()[0] for i, row in enumerate(rows)]
-    assert apart.ids.tolist() == [draw.token for draw in alone]
-    for found, expected in zip(apart.read(), alone, strict=True):
-        assert (found.token, found.logprob) == (expected.token, expected.logprob)
+    assert apart.ids.tolist() == [draw.token for draw in apart.read()]
+    for i, (row, found) in enumerate(zip(rows, apart.read(), strict=True)):
+        alone = sampler.sample(logits[i : i + 1], [row]).read()[0]
+        assert found.token == alone.token
+        assert abs(found.logprob - alone.logprob) < 2e-6
+        temperature = 1.0 if row.params.logprobs == "raw" else row.params.temperature
+        again = sampler.score(logits[i : i + 1], temperature, torch.tensor([found.token], device=DEVICE))
+        assert torch.tensor(found.logprob, dtype=torch.float32) == again.cpu()
