@@ -82,9 +82,8 @@ def select_matmul(capability: Capability, dtype: torch.dtype, *, batch_invariant
     if reason is not None:
         raise UnsupportedError(f"batch_invariant=True for products in {dtype} on {capability}", [reason])
     from ..gpu.bf16_gemm import bf16_matmul
-    from ..gpu.float32_gemm import float32_matmul
 
-    return bf16_matmul if dtype == torch.bfloat16 else float32_matmul
+    return bf16_matmul
 
 
 def no_invariant_matmul(capability: Capability, dtype: torch.dtype) -> str | None:
@@ -93,4 +92,4 @@ def no_invariant_matmul(capability: Capability, dtype: torch.dtype) -> str | Non
         return f"its tiles were checked on sm90, this is {capability}"
     if "triton" not in capability.libraries:
         return "triton is not installed"
-    return None if dtype in (torch.bfloat16, torch.float32) else f"computes in bfloat16 and float32, not {dtype}"
+    return None if dtype == torch.bfloat16 else f"computes in bfloat16, not {dtype}"

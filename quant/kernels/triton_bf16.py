@@ -20,11 +20,7 @@ class TritonBF16Kernel(PlainKernel):
 
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
-        if scheme != BF16:
-            return "computes BF16 weights only"
-        return (
-            no_invariant_matmul(capability, dtype) if dtype == torch.bfloat16 else f"computes in bfloat16, not {dtype}"
-        )
+        return no_invariant_matmul(capability, dtype) if scheme == BF16 else "computes BF16 weights only"
 
     @staticmethod
     def batch_dependent(capability: Capability) -> str | None:

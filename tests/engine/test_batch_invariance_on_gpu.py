@@ -133,10 +133,9 @@ def test_ways_through_the_engine(model, quant, folders):
     assert differences(want, found) == []
 
 
-def test_a_float32_router(folders):
-    """Sigmoid scores, a shared expert and a dense layer beside it."""
-    with Engine(folders["float32 router"], config("fp8_channel")) as engine:
-        assert company(engine, PARAMS) == {1: [], 7: [], 64: []}
+def test_a_float32_router_is_refused(folders):
+    with pytest.raises(UnsupportedError, match=r"products in torch\.float32"):
+        Engine(folders["float32 router"], config("fp8_channel"))
 
 
 def test_an_fp8_kv_cache(folders):

@@ -7,9 +7,19 @@ import pytest
 import torch
 
 from rollmill.engine import Engine, EngineConfig, SamplingParams, UnsupportedError
+from rollmill.engine.checkpoint import Checkpoint
 from rollmill.engine.dit.engine import _check_diffusion
+from rollmill.engine.env import read_toggles
+from rollmill.engine.kernel_names import KernelNames
+from rollmill.engine.kernel_table import kernel_table
+from rollmill.engine.llm.decoder import Decoder
+from rollmill.engine.llm.models import find_family
+from rollmill.engine.llm.parts import Parts
+from rollmill.engine.schemes import SchemeResolver
+from rollmill.quant import Capability
 from rollmill.quant.kernels.torch_fp8 import cpu_takes_row_scales
 
+HOPPER = Capability(torch.device("meta"), 90, ("triton",))
 PARAMS = SamplingParams(seed=5, max_new_tokens=6, ignore_eos=True)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], list(range(40)), [6]]
 
@@ -72,3 +82,36 @@ def test_a_kernel_that_is_not_is_refused_by_name(family, hf_model, save):
 def test_diffusion_transformers_take_no_such_flag():
     with pytest.raises(UnsupportedError, match="batch_invariant=True"):
         _check_diffusion(config())
+
+
+def model_on_hopper(folder, quant: str) -> Decoder:
+    """As an engine there would build it, without memory."""
+    checkpoint = Checkpoint(folder)
+    resolver = SchemeResolver(config(quant=quant), checkpoint.quant_plan(), checkpoint.tensor_names, read_toggles())
+    parts = Parts(resolver, HOPPER, torch.bfloat16, KernelNames(batch_invariant=True))
+    return Decoder(checkpoint.read_config(find_family(checkpoint.architectures)), parts)
+
+
+@pytest.mark.parametrize(
+    ("quant", "kernel"), [("bf16", "triton_bf16"), ("fp8", "torch_fp8"), ("nvfp4", "triton_nvfp4_invariant")]
+)
+def test_a_dense_model_on_hopper(quant, kernel, hf_model, save):
+    model = model_on_hopper(save(hf_model("qwen3")), quant)
+    for layer in model.layers:
+        assert {layer.attention.qkv.kernel.name, layer.attention.out.kernel.name} == {kernel}
+        assert {layer.mlp.gate_up.kernel.name, layer.mlp.down.kernel.name} == {kernel}
+    assert model.head is None or model.head.kernel.name == "triton_bf16"
+    assert model.matmul.__name__ == "bf16_matmul"
+
+
+def test_a_float32_router_on_hopper_is_refused(hf_model, save):
+    folder = save(hf_model("glm4_moe"))
+    with pytest.raises(UnsupportedError, match=r"products in torch\.float32"):
+        model_on_hopper(folder, "fp8")
+
+
+def test_the_table_of_kernels_says_it():
+    rows = kernel_table(None, config(), HOPPER)
+    assert {row.kernel for row in rows if row.is_taken} == {"torch_fp8", "triton_nvfp4_invariant", "triton"}
+    (verdict,) = {row.verdict for row in rows if row.kernel == "triton_fp8" and row.scheme.startswith("fp8")}
+    assert verdict == "it sums few tokens in another order than many; torch_fp8 does not"

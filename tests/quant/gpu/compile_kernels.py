@@ -24,7 +24,6 @@ from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
 from rollmill.quant.gpu import (
     bf16_gemm,
     convert,
-    float32_gemm,
     fp8_gemm,
     nvfp4_gemm,
     nvfp4_middle,
@@ -156,7 +155,7 @@ def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
 
 
 def bf16_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """Every tile of the BF16 product in one order of sums, and the one of float32's."""
+    """Every tile of the BF16 product in one order of sums."""
     inputs = {"x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes, found = {"M": "i32", "N": "i32:16", "K": "i32:16", "part": "i32"}, {}
     for tile in (*(tile for _, tile in bf16_gemm.FEW_TILES), *bf16_gemm.MANY_TILES):
@@ -166,8 +165,7 @@ def bf16_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]
         options = {"DEPTH": tile.depth, "RAGGED": False, "BIAS": True, "EARLY": True} | own
         name = f"bf16_{'few' if few else 'many'}_{tile.rows}x{tile.tokens}"
         found[name] = (kernel, inputs | sizes, tile_of(tile) | options, tile.warps)
-    wide = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr"), "*fp32") | dict.fromkeys("MNK", "i32")
-    return found | {"float32": (float32_gemm.float32_kernel, wide, float32_gemm.TILE | {"BIAS": True}, 4)}
+    return found
 
 
 def tile_of(tile: nvfp4_gemm.Tile | fp8_gemm.Tile | bf16_gemm.Tile) -> dict[str, int]:

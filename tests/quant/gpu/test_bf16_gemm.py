@@ -12,7 +12,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu.router import multiply_router  # noqa: E402 (after the conftest's set-up)
 from rollmill.quant.gpu.bf16_gemm import FEW_TILES, MANY_TILES, bf16_matmul, choose_tile  # noqa: E402
-from rollmill.quant.gpu.float32_gemm import float32_matmul  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILES = [*(tile for _, tile in FEW_TILES), *MANY_TILES]
@@ -65,27 +64,6 @@ def test_bits_do_not_depend_on_the_other_rows(shape):
     assert torch.equal(multiply_router(x[:300], weight), whole[:300])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_float32_products(shape, bias):
-    M, N, K = shape
-    x, weight = draw(M, K).float() * 1.001, draw(N, K, seed=1).float() / 3
-    added = draw(N, seed=2).float() / 7 if bias else None
-    expected = x.double() @ weight.double().T + (added.double() if added is not None else 0)
-    out = float32_matmul(x, weight, added)
-    assert out.dtype == torch.float32
-    assert (out.double() - expected).norm() < 1e-6 * expected.norm()
-
-
-@pytest.mark.gpu
-def test_float32_bits_do_not_depend_on_the_other_rows():
-    _skip_unless_hopper()
-    x, weight = draw(900, 1000).float() / 3, draw(160, 1000, seed=1).float() / 7
-    whole = float32_matmul(x, weight)
-    for count in (1, 7, 16, 17, 64, 900):
-        assert torch.equal(float32_matmul(x[-count:], weight), whole[-count:]), count
-
-
 def _skip_unless_hopper() -> None:
     try:
         capability = find_capability("cuda")
@@ -107,8 +85,7 @@ def test_tiles_keep_a_gpu_busy_or_are_small(num_rows, num_tokens):
 def test_products_of_another_dtype_or_gpu_are_refused():
     hopper = Capability(torch.device("meta"), 90, ("triton",))
     assert select_matmul(hopper, torch.bfloat16, batch_invariant=True) is bf16_matmul
-    assert select_matmul(hopper, torch.float32, batch_invariant=True) is float32_matmul
-    with pytest.raises(UnsupportedError, match=r"torch\.float16"):
-        select_matmul(hopper, torch.float16, batch_invariant=True)
+    with pytest.raises(UnsupportedError, match=r"torch\.float32"):
+        select_matmul(hopper, torch.float32, batch_invariant=True)
     with pytest.raises(UnsupportedError, match="sm90, this is sm100"):
         select_matmul(Capability(torch.device("meta"), 100, ("triton",)), torch.bfloat16, batch_invariant=True)

@@ -81,12 +81,6 @@ def test_bf16_products_in_one_order_compile_for_hopper_without_spills(
         assert needs["instructions"] == [instruction]
 
 
-def test_float32_products_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]]):
-    needs = compiled["float32 sm90"]
-    assert needs["STACK"] == needs["LOCAL"] == 0
-    assert needs["instructions"] == []  # float32's own units: no tensor core keeps all of its bits
-
-
 @pytest.mark.parametrize("weight", ["w13", "w2"])
 @pytest.mark.parametrize("scheme", ["bf16", "fp8", "nvfp4"])
 def test_experts_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]], scheme: str, weight: str):
