@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,12 +31,12 @@ Numbers = NDArray[np.int32]
 class Shape(Struct, frozen=True):
     """`part`: keys of a part, the order of sums and so the same for all; the rest changes no bit.
 
-    Rows are tokens times heads of a group.
+    Rows are tokens times heads of a group; warps are those of heads up to 128, larger ones take more.
     """
 
     part: int = 256
-    prompt_rows: int = 128
-    prompt_warps: int = 8
+    prompt_rows: int = 64
+    prompt_warps: int = 4
     prompt_stages: int = 3
     part_warps: int = 4  # where sequences are cut into parts
     part_stages: int = 2
@@ -44,6 +45,9 @@ class Shape(Struct, frozen=True):
     programs: int = 1024  # of single tokens, at the most
     items: int = 2048  # whose sums are kept; sequences are not cut into parts where there would be more
     enough: int = 512  # programs: sequences are not cut where they are as many without
+
+    def warps(self, kind: Literal["prompt", "part", "whole"], head_dim: int) -> int:
+        return getattr(self, f"{kind}_warps") * max(1, head_dim // 128)
 
 
 SHAPE = Shape()
@@ -143,7 +147,7 @@ def attend_prompts(
     prompt_kernel[(spec.num_kv_heads, len(prompts.tiles))](
         q, keys, values, out, prompts.tiles, prompts.first_page, prompts.pages,
         *_numbers(spec, keys.stride(0)),
-        M=shape.prompt_rows, STAGES=shape.prompt_stages, num_warps=shape.prompt_warps,
+        M=shape.prompt_rows, STAGES=shape.prompt_stages, num_warps=shape.warps("prompt", q.shape[2]),
         **_options(spec, q.shape[1], shape), **early(q),
     )  # fmt: skip
 
@@ -169,7 +173,7 @@ def attend_tokens(
         *_numbers(spec, keys.stride(0)),
         M=max(8, 1 << (num_heads // spec.num_kv_heads - 1).bit_length()),
         STAGES=shape.whole_stages if whole else shape.part_stages,
-        num_warps=shape.whole_warps if whole else shape.part_warps, **options, **early(q),
+        num_warps=shape.warps("whole" if whole else "part", q.shape[2]), **options, **early(q),
     )  # fmt: skip
 
 
