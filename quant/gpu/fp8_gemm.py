@@ -69,6 +69,13 @@ def few_tokens_kernel(
     await_inputs(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row_scale = tl.load(row_scale_ptr + row, mask=row < N, other=0.0)  # now: memory is slow to answer
+    if EACH:
+        token_scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0)[None, :]
+    else:
+        token_scale = tl.load(token_scale_ptr)
+    if BIAS:
+        bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
     start = tl.arange(0, SLICES)[:, None] * (steps * DEPTH) + tl.arange(0, DEPTH)[None, :]
     inside = (token < M)[None, None, :]  # others read nothing: one line that all programs ask for is slow to come
     w_ptr += tl.where(row < N, row, 0).to(tl.int64)[None, :, None] * K + start[:, None, :]
@@ -83,32 +90,9 @@ def few_tokens_kernel(
         else:
             w, x = tl.load(w_ptr + at), tl.load(x_ptr + at, mask=inside, other=0.0)
         total = tl.dot(w, x, total)
-    total, row, token = sum_in_order(total), row[:, None], token[None, :]
-    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, EACH, BIAS)
-
-
-@triton.jit
-def _store(
-    total,
-    row_scale_ptr,
-    token_scale_ptr,
-    bias_ptr,
-    out_ptr,
-    row,
-    token,
-    M,
-    N,
-    EACH: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """Row and token scales and the bias in float32, then one rounding; `row` and `token` span the tile."""
-    total = total * tl.load(row_scale_ptr + row, mask=row < N, other=0.0)
-    if EACH:
-        total = total * tl.load(token_scale_ptr + token, mask=token < M, other=0.0)
-    else:
-        total = total * tl.load(token_scale_ptr)
+    total, row, token = sum_in_order(total) * row_scale[:, None] * token_scale, row[:, None], token[None, :]
     if BIAS:
-        total += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+        total += bias[:, None]
     tl.store(out_ptr + token.to(tl.int64) * N + row, total.to(tl.bfloat16), mask=(row < N) & (token < M))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .device import on_own_device
 from .nvfp4_middle import middle_tokens
-from .nvfp4_store import store_scaled
+from .nvfp4_store import load_scales, store_scaled
 from .nvfp4_widen import DEPTH, HALF, SCALES, first_half, real_order, second_half
 from .nvfp4_words import in_word_order
 from .slices import sum_in_order
@@ -98,6 +98,10 @@ def _few_tokens(
     """x BF16 [M, K], w packed [steps, N, 64] -> columns first_row to end_row of BF16 [M, N]; a slice a warp."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    rows, tokens = row[:, None], token[None, :]
+    row_scale, token_scale, bias = load_scales(
+        row_scale_ptr, token_scale_ptr, bias_ptr, rows, tokens, M, end_row, SCALED, BIAS
+    )
     source, order = tl.where(row < end_row, row, first_row), real_order()
     part = steps // SLICES
     start = tl.arange(0, SLICES)[:, None, None] * part
@@ -121,8 +125,8 @@ def _few_tokens(
         scale_ptr += 2 * SCALES * N
         total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
         total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
-    total, row, token = sum_in_order(total), row[:, None], token[None, :]
-    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+    total = sum_in_order(total)
+    store_scaled(total, row_scale, token_scale, bias, out_ptr, rows, tokens, M, N, end_row, SCALED, BIAS)
 
 
 @triton.jit
@@ -174,6 +178,10 @@ def _many_tokens(
     place = inner // group * ROWS + tl.arange(0, ROWS)
     token = (first + inner % group) * TOKENS + tl.arange(0, TOKENS)
     row, k = first_row + place, tl.arange(0, DEPTH)
+    rows, tokens = row[None, :], token[:, None]
+    row_scale, token_scale, bias = load_scales(
+        row_scale_ptr, token_scale_ptr, bias_ptr, rows, tokens, M, end_row, SCALED, BIAS
+    )
     source, x_row = tl.where(row < end_row, place, 0), tl.where(token < M, token, 0)
     w_ptr += source.to(tl.int64)[:, None] * K + k[None, :]
     x_ptr += x_row.to(tl.int64)[:, None] * K + k[None, :]
@@ -185,8 +193,7 @@ def _many_tokens(
         else:
             x, w = tl.load(x_ptr + step), tl.load(w_ptr + step)
         total = tl.dot(x, tl.trans(w), total)
-    row, token = row[None, :], token[:, None]
-    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+    store_scaled(total, row_scale, token_scale, bias, out_ptr, rows, tokens, M, N, end_row, SCALED, BIAS)
 
 
 def num_slices(steps: int) -> int:
