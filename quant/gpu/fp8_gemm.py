@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
-from .early import await_inputs, early
+from .early import await_inputs, early, fetch
 from .slices import sum_in_order
 
 
@@ -36,11 +36,12 @@ CUT = 256  # slices are multiples of it, whatever the depth of a step
 # Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md.
 TILES = (
     (8, Tile(16, 8, 256, 4)),
-    (16, Tile(16, 16, 128, 4)),
+    (16, Tile(16, 16, 256, 3)),
     (32, Tile(16, 32, 128, 3)),
     (64, Tile(32, 32, 128, 4)),
 )
-MANY_ROWS = 4096  # above, a library has programs enough to be as fast at 64 tokens
+FETCHED = 8  # tokens, at the most, for which it pays to fetch the first step's codes before the wait
+MANY_ROWS, MANY_COLS = 4096, 8192  # above, `fp8_middle` is faster from 17 tokens on
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -63,12 +64,17 @@ def few_tokens_kernel(
     RAGGED: tl.constexpr,
     EACH: tl.constexpr,
     BIAS: tl.constexpr,
+    FETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Codes x [M, K], w [N, K] -> BF16 [M, N]; a slice is `steps` times DEPTH columns. EACH: a scale a token."""
-    await_inputs(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    if EARLY and FETCH:
+        line = tl.arange(0, SLICES)[:, None] * (steps * DEPTH) + tl.arange(0, DEPTH // 128)[None, :] * 128
+        source = tl.where(row < N, row, 0).to(tl.int64)[:, None, None] * K
+        fetch(w_ptr + source + tl.minimum(line, K - 1)[None, :, :])
+    await_inputs(EARLY)
     row_scale = tl.load(row_scale_ptr + row, mask=row < N, other=0.0)  # now: memory is slow to answer
     if EACH:
         token_scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0)[None, :]
@@ -97,13 +103,13 @@ def few_tokens_kernel(
 
 
 def most_tokens(num_rows: int, cols: int) -> int:
-    """Up to how many tokens `few_tokens` is faster than `torch._scaled_mm`, for a weight [num_rows, cols].
+    """Up to how many tokens `few_tokens` is the fastest, for a weight [num_rows, cols].
 
     None where some slice would be empty: there is little to gain on so few columns.
     """
     if cols <= (SLICES - 1) * CUT:
         return 0
-    return 64 if num_rows <= MANY_ROWS else 32
+    return 32 if num_rows <= MANY_ROWS and cols <= MANY_COLS else 16
 
 
 @on_own_device
@@ -132,6 +138,6 @@ def few_tokens(
             M, num_rows, K, part // tile.depth,
             SLICES=SLICES, ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth, STAGES=tile.stages,
             RAGGED=SLICES * part != K, EACH=scale.numel() == M and M > 1, BIAS=bias is not None,
-            num_warps=SLICES, **early(codes),
+            FETCH=tile.tokens <= FETCHED, num_warps=SLICES, **early(codes),
         )  # fmt: skip
     return out
