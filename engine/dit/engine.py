@@ -379,6 +379,7 @@ LANGUAGE_SETTINGS = (
     "kv_cache_tokens",
     "prefix_cache",
     "attention",
+    "batch_invariant",
 )
 
 
