@@ -119,11 +119,13 @@ class EngineConfig(Settings, frozen=True):
     `max_batch_size` sequences can need, 2 GiB at the most); `kv_cache_dtype`: "fp8" keeps them in E4M3 with the
     checkpoint's scales, or 1 where it has none ("auto": as the checkpoint says, else in `dtype`); `prefix_cache`:
     reuse keys and values of equal beginnings; `attention`: "auto" takes FlashInfer's on a GPU that has it;
-    `cuda_graphs`: decoding steps as CUDA graphs, there (and forwards of diffusion transformers that have fused
-    kernels); `overlap`: launch a step before the host has read the tokens of the one before (None: on a GPU).
-    Diffusion transformers: `dual`: "bf16" keeps a BF16 copy of the quantized layers beside them, for two precisions in
-    one rollout and for `replay`; `max_denoise_batch`: samples that are denoised together; `base`: folder or hub id of
-    the pipeline that brings what a file of transformer weights lacks; `layout`: how a file of NVFP4 weights lies,
+    `batch_invariant`: a request's tokens and log-probs have the same bits whatever is computed beside it, on a GPU at
+    a cost (docs/rollouts.md says what is promised); a choice that cannot is an error; `cuda_graphs`: decoding steps
+    as CUDA graphs, there (and forwards of diffusion transformers that have fused kernels); `overlap`: launch a step
+    before the host has read the tokens of the one before (None: on a GPU).
+    Diffusion transformers: `dual`: "bf16" keeps a BF16 copy of the quantized layers beside them, for two precisions
+    in one rollout and for `replay`; `max_denoise_batch`: samples that are denoised together; `base`: folder or hub id
+    of the pipeline that brings what a file of transformer weights lacks; `layout`: how a file of NVFP4 weights lies,
     where it does not say so itself; `attention`: "fp8" attends in FP8 where layers compute quantized (FLUX.1).
     """
 
@@ -142,6 +144,7 @@ class EngineConfig(Settings, frozen=True):
     max_batch_size: int = 256
     max_step_tokens: int = 2048
     attention: Literal["auto", "torch", "flashinfer", "fp8"] = "auto"
+    batch_invariant: bool = False
     cuda_graphs: bool = True
     overlap: bool | None = None
     kv_cache_tokens: int | None = None

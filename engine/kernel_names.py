@@ -10,11 +10,12 @@ from .env import Toggles
 
 
 class KernelNames(Struct, frozen=True):
-    """`nvfp4`: for linears in NVFP4 only, before `linear`."""
+    """`nvfp4`: for linears in NVFP4 only, before `linear`. `batch_invariant`: of kernels that are, or none."""
 
     linear: str = "auto"
     moe: str = "auto"
     nvfp4: str | None = None
+    batch_invariant: bool = False
 
     def of_linear(self, scheme: Scheme) -> str:
         """What a linear of this scheme asks for."""
@@ -29,4 +30,5 @@ def read_kernel_names(config: EngineConfig, toggles: Toggles) -> KernelNames:
         linear=toggles.linear_kernel or config.linear_kernel,
         moe=toggles.moe_runner or config.moe_runner,
         nvfp4=None if backend is None else FP4_BACKENDS[backend].name,
+        batch_invariant=config.batch_invariant,
     )

@@ -82,14 +82,14 @@ def kernel_table(path: str | Path | None, config: EngineConfig, capability: Capa
 def _rows(
     scheme: Scheme, shape: WeightShape | MoeConfig, layers: int, capability: Capability, names: KernelNames
 ) -> Iterator[KernelRow]:
-    dtype = torch.bfloat16
+    dtype, invariant = torch.bfloat16, names.batch_invariant
     if isinstance(shape, MoeConfig):
-        taken = select_runner(shape, scheme, capability, names.moe, dtype)
-        judged, dims = judge_runners(shape, scheme, capability, dtype), _dims(shape)
+        taken = select_runner(shape, scheme, capability, names.moe, dtype, batch_invariant=invariant)
+        judged, dims = judge_runners(shape, scheme, capability, dtype, batch_invariant=invariant), _dims(shape)
         make = lambda: taken(shape, scheme, capability, dtype, names.linear)  # noqa: E731
     else:
-        taken = select_kernel(scheme, shape, capability, dtype, names.of_linear(scheme))
-        judged, dims = judge_kernels(scheme, shape, capability, dtype), shape.matrix
+        taken = select_kernel(scheme, shape, capability, dtype, names.of_linear(scheme), batch_invariant=invariant)
+        judged, dims = judge_kernels(scheme, shape, capability, dtype, batch_invariant=invariant), shape.matrix
         make = lambda: taken(scheme, shape, dtype, capability)  # noqa: E731
     for kernel, reason in judged:
         verdict = "taken" if kernel is taken else reason or "can"

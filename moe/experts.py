@@ -8,11 +8,22 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..quant import Capability, FP8Rows, JoinedLayout, Plain, Scheme, WeightShape, WeightSlot, values_of
+from ..quant import (
+    Capability,
+    FP8Rows,
+    JoinedLayout,
+    Plain,
+    Scheme,
+    WeightShape,
+    WeightSlot,
+    select_kernel,
+    values_of,
+)
 from ..quant.kernels.plain import PlainKernel
 from .config import MoeConfig
 from .routing import route
 from .runner import CodesRunner, RoutingRunner, select_runner
+from .runners.reference import ReferenceRunner, expert_shapes
 
 
 class RoutedExperts:
@@ -36,6 +47,7 @@ class RoutedExperts:
         dtype: torch.dtype,
         runner: str = "auto",
         linear_kernel: str = "auto",
+        batch_invariant: bool = False,
         joined: JoinedLayout | None = None,
     ) -> None:
         gate, up, down = projections
@@ -43,9 +55,11 @@ class RoutedExperts:
         joined = joined or JoinedLayout()
         if runner == "auto" and linear_kernel != "auto":
             runner = "reference"  # the one that is made of linear kernels
-        self.runner = select_runner(config, scheme, capability, runner, dtype)(
-            config, scheme, capability, dtype, linear_kernel
-        )
+        chosen = select_runner(config, scheme, capability, runner, dtype, batch_invariant=batch_invariant)
+        if batch_invariant and chosen is ReferenceRunner:  # it is what its linear kernels are
+            for shape in expert_shapes(config):
+                select_kernel(scheme, shape, capability, dtype, linear_kernel, batch_invariant=True)
+        self.runner = chosen(config, scheme, capability, dtype, linear_kernel)
         self.w13 = WeightSlot(
             f"{prefix}.w13",
             [(f"{prefix}.{e}.{gate}", f"{prefix}.{e}.{up}") for e in experts],

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quant import matmul
+from ..quant import Matmul, matmul
 from ..quant.scheme import has_kernels
 from .config import MoeConfig
 
 
-def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [num_tokens, hidden_size] times weight [num_experts, hidden_size] transposed, plus bias, in x's dtype."""
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None, multiply: Matmul = matmul) -> Tensor:
+    """x [num_tokens, hidden_size] times weight [num_experts, hidden_size] transposed, plus bias, in x's dtype.
+
+    The kernel for few tokens has the bits of `quant.gpu.bf16_gemm`.
+    """
     if has_kernels(x) and bias is None and x.dtype == weight.dtype == torch.bfloat16:
         from .gpu.router import is_few, multiply_router
 
         if is_few(len(x), len(weight)):
             return multiply_router(x, weight)
-    return matmul(x, weight, bias)
+    return multiply(x, weight, bias)
 
 
 def route(logits: Tensor, config: MoeConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quant import Capability, FP8Rows, Scheme, UnsupportedError, WeightShape
-from ..quant.kernel import log_choice
+from ..quant.kernel import log_choice, shares_a_scale
 from ..quant.slot import Packer
 from .config import MoeConfig
 from .runners.flashinfer_trtllm import FlashInferTrtllm, FlashInferTrtllmRouted
@@ -57,6 +57,11 @@ class MoeRunner(Protocol):
         """Why this runner cannot compute such a layer, or None if it can."""
         ...
 
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        """Why a token's bits may depend on the other tokens, or None if they do not."""
+        ...
+
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size].
 
@@ -95,27 +100,45 @@ def select_runner(
     capability: Capability,
     name: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    batch_invariant: bool = False,
 ) -> type[MoeRunner]:
     """The first runner that can, or the one that was asked for; every reason if none can.
 
-    What was taken, and why nothing before it, is logged once.
+    With `batch_invariant` only those can that give a token the same bits in any company. What was taken, and why
+    nothing before it, is logged once.
     """
     known = {runner.name: runner for runner in MOE_RUNNERS}
     if name not in ("auto", *known):
         raise UnsupportedError(f"MoE runner {name!r} is unknown", [f"known: auto, {', '.join(known)}"])
     passed_over = []
-    for runner, reason in judge_runners(config, scheme, capability, dtype, tuple(known) if name == "auto" else (name,)):
+    names = tuple(known) if name == "auto" else (name,)
+    judged = judge_runners(config, scheme, capability, dtype, names, batch_invariant=batch_invariant)
+    for runner, reason in judged:
         if reason is None:
             what = f"experts in {scheme.name}, activations {scheme.activation}"
             log_choice(what, runner.name, str(capability), *passed_over)
             return runner
         passed_over.append(f"{runner.name}: {reason}")
-    raise UnsupportedError(f"no MoE runner for {scheme.name} on {capability}", passed_over)
+    kind = "batch-invariant MoE runner" if batch_invariant else "MoE runner"
+    raise UnsupportedError(f"no {kind} for {scheme.name} on {capability}", passed_over)
 
 
 def judge_runners(
-    config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype, names: Sequence[str] | None = None
+    config: MoeConfig,
+    scheme: Scheme,
+    capability: Capability,
+    dtype: torch.dtype,
+    names: Sequence[str] | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> list[tuple[type[MoeRunner], str | None]]:
     """(runner, why it cannot or None) for the named runners, or for all."""
     runners = [runner for runner in MOE_RUNNERS if names is None or runner.name in names]
-    return [(runner, runner.unsupported(config, scheme, capability, dtype)) for runner in runners]
+    reasons = [runner.unsupported(config, scheme, capability, dtype) for runner in runners]
+    if batch_invariant:
+        reasons = [
+            reason or shares_a_scale(scheme) or runner.batch_dependent(capability)
+            for runner, reason in zip(runners, reasons, strict=True)
+        ]
+    return list(zip(runners, reasons, strict=True))

@@ -5,7 +5,7 @@ from .errors import ConfigError, ModelError, RollmillError, UnsupportedError
 from .fp8_rows import FP8Rows, Reads, values_of
 from .kernel import LINEAR_KERNELS, LinearKernel, judge_kernels, select_kernel
 from .kernels.flashinfer_fp4 import FP4_BACKENDS
-from .kernels.gemm import matmul
+from .kernels.gemm import Matmul, matmul, select_matmul
 from .linear import QuantLinear, plain_slot
 from .meter import ActivationMeter, AmaxMeter, ClippingMeter, clipping_shares, reset_clipping
 from .modelopt import QuantPlan, matches_any, read_quant_plan
@@ -39,6 +39,7 @@ __all__ = [
     "FP8Rows",
     "JoinedLayout",
     "LinearKernel",
+    "Matmul",
     "ModelError",
     "Plain",
     "QuantLinear",
@@ -63,5 +64,6 @@ __all__ = [
     "read_quant_plan",
     "reset_clipping",
     "select_kernel",
+    "select_matmul",
     "values_of",
 ]

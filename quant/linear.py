@@ -31,11 +31,13 @@ class QuantLinear:
         capability: Capability,
         dtype: torch.dtype,
         kernel: str = "auto",
+        batch_invariant: bool = False,
         bias: bool = False,
         fused: str | None = None,
     ) -> None:
         shape = WeightShape(tuple(rows), in_features)
-        self.kernel = select_kernel(scheme, shape, capability, dtype, kernel)(scheme, shape, dtype, capability)
+        chosen = select_kernel(scheme, shape, capability, dtype, kernel, batch_invariant=batch_invariant)
+        self.kernel = chosen(scheme, shape, dtype, capability)
         name, joined = fused or modules[0], () if fused is None else (fused,)
         self.slot = WeightSlot(name, [modules], scheme, shape, self.kernel, device=capability.device, fused=joined)
         self.bias = (

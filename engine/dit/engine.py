@@ -380,6 +380,7 @@ LANGUAGE_SETTINGS = (
     "max_step_tokens",
     "kv_cache_tokens",
     "prefix_cache",
+    "batch_invariant",
 )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant import FP8Rows, matmul, values_of
+from ...quant import FP8Rows, values_of
 from .attention import Attend, AttentionSpec
 from .decoder_config import DecoderConfig
 from .layers.attention import Attention, KVScales
@@ -82,6 +82,7 @@ class Decoder:
         self.final_norm = parts.plain("model.norm", config.hidden_size)
         head = {"lm_head": config.vocab_size}
         self.head = None if config.tied else parts.linear("", head, config.hidden_size)
+        self.matmul = parts.matmul()
         self.norm = Norm(config.norm, config.rms_norm_eps)
         self.inv_freqs = [rope.inv_freq.to(self.device) for rope in config.ropes]
         scale = config.embed_scale
@@ -137,6 +138,6 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, vocab_size], in the engine's dtype."""
-        logits = matmul(hidden, self.embed) if self.head is None else self.head(hidden)
+        logits = self.matmul(hidden, self.embed) if self.head is None else self.head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap

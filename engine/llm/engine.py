@@ -30,7 +30,7 @@ from ..sync_plan import make_sync_plan
 from ..types import Completion, StreamChunk
 from .attention import WholeSequences
 from .decoder import Decoder
-from .forward import cache_dtype
+from .forward import cache_dtype, takes_fixed_attention
 from .kv_cache import KVCache
 from .layers.attention import KVScales
 from .models import find_family
@@ -58,6 +58,7 @@ class LanguageEngine(Engine):
         self._decoder_config = checkpoint.read_config(family)
         with naming_weight_memory(self.config.quant):
             self.model = Decoder(self._decoder_config, parts, self._kv_scales(resolver.plan.kv_cache))
+        takes_fixed_attention(self.model, self.config)  # before weights are read: it may not be possible
         warnings = resolver.finish()
         self.tokenizer = checkpoint.tokenizer()
         self.device = self.model.device

@@ -46,8 +46,7 @@ class PagedAttention(CachedAttend):
     def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
         self.cache = cache
         device = cache.keys.device
-        slots = [span.pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for span in spans for at in _range(span)]
-        self.slots = torch.tensor(slots, device=device)
+        self.slots = torch.tensor(slots_of(spans), device=device)
         self.groups = _make_groups(spans, device)
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
@@ -148,3 +147,8 @@ def _padded(pages: Sequence[int], count: int) -> list[int]:
 
 def _range(span: Span) -> range:
     return range(span.start, span.end)
+
+
+def slots_of(spans: Sequence[Span]) -> list[int]:
+    """Where each span's new tokens lie in the cache."""
+    return [span.pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for span in spans for at in _range(span)]

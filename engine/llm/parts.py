@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...moe import RoutedExperts
-from ...quant import BF16, Capability, Plain, QuantLinear, WeightSlot, plain_slot
+from ...quant import BF16, Capability, Matmul, Plain, QuantLinear, WeightSlot, plain_slot, select_matmul
 from ..kernel_names import KernelNames
 from ..schemes import SchemeResolver
 from .decoder_config import DecoderConfig
@@ -24,6 +24,10 @@ class Parts:
     ) -> None:
         self.resolver, self.capability, self.dtype, self.names = resolver, capability, dtype, names
         self.slots: list[WeightSlot] = []
+
+    def matmul(self, dtype: torch.dtype | None = None) -> Matmul:
+        """What multiplies with plain tensors of this dtype (None: the engine's)."""
+        return select_matmul(self.capability, dtype or self.dtype, batch_invariant=self.names.batch_invariant)
 
     def linear(
         self,
@@ -45,6 +49,7 @@ class Parts:
             capability=self.capability,
             dtype=self.dtype,
             kernel=self.names.of_linear(scheme),
+            batch_invariant=self.names.batch_invariant,
             bias=bias,
             fused=None if fused is None else prefix + fused,
         )
@@ -79,6 +84,7 @@ class Parts:
             dtype=self.dtype,
             runner=self.names.moe,
             linear_kernel=self.names.linear,
+            batch_invariant=self.names.batch_invariant,
             joined=config.names.joined_experts,
         )
         self.slots += layer.slots

@@ -39,7 +39,14 @@ class Rollouts:
         self.forward = make_forward(model, self.cache, config)
         self.scheduler = Scheduler(self.cache, PagePool(num_pages), config)
         looks_ahead = model.device.type == "cuda" if config.overlap is None else config.overlap
-        self.steps = Steps(model, policy, self.forward, self.scheduler, looks_ahead=looks_ahead)
+        self.steps = Steps(
+            model,
+            policy,
+            self.forward,
+            self.scheduler,
+            looks_ahead=looks_ahead,
+            batch_invariant=config.batch_invariant,
+        )
         self.paused = False
         self.pausing_thread: int | None = None
         self._inbox: deque[Request] = deque()

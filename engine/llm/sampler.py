@@ -83,23 +83,57 @@ class Draws:
         )
 
 
-def sample(logits: Tensor, requests: Sequence[Sampled]) -> Draws:
+class EachDraws:
+    """Draws of several calls, as those of one."""
+
+    def __init__(self, draws: Sequence[Draws | EachDraws]) -> None:
+        self.draws, self.ids = draws, torch.cat([one.ids for one in draws])
+
+    def read(self) -> list[Draw | NonFiniteError]:
+        return [draw for one in self.draws for draw in one.read()]
+
+
+def sample(logits: Tensor, requests: Sequence[Sampled], *, apart: bool = False) -> Draws | EachDraws:
     """Logits [batch, vocab], in float32 or as the head computes them, -> a token for each request.
+
+    `apart`: what no kernel draws is computed request by request, since torch sums on a GPU as the number of rows and
+    where they begin in memory suggest; its log-probs, but for "processed" ones, are those of `score`.
 
     Log-probs by mode: "raw" log_softmax(logits), "temperature" log_softmax(logits / temperature), "processed" of
     what `shape` makes, which is what is drawn from.
     """
     if has_kernels(logits) and all(map(_is_plain, requests)):
         return _sample_fused(logits, requests)
-    logits = logits.float()
+    apart = apart and has_kernels(logits)
+    if apart and len(requests) > 1:
+        return EachDraws([sample(logits[i : i + 1].clone(), [one], apart=True) for i, one in enumerate(requests)])
+    given, logits = logits, logits.float()
     scaled = scale(logits, requests)
     drawn = Likelihoods(shape(logits, scaled, requests))
     ids, likelihoods = _choose(drawn, requests), _by_mode(logits, scaled, drawn, requests)
-    rows = [ids, *(one.logprobs(ids[:, None])[:, 0] for one in likelihoods.values())]
+    logprobs = {mode: one.logprobs(ids[:, None])[:, 0] for mode, one in likelihoods.items()}
+    if apart:
+        (temperature,) = (request.params.temperature or 1.0 for request in requests)
+        temperatures = {"raw": 1.0, "temperature": temperature}
+        logprobs |= {mode: score(given, temperatures[mode], ids) for mode in logprobs if mode in temperatures}
     wide = any(request.params.top_logprobs or request.params.sampling_mask for request in requests)
     return Draws(
-        requests, ids, torch.stack([row.double() for row in rows]), list(likelihoods), likelihoods if wide else None
+        requests,
+        ids,
+        torch.stack([row.double() for row in (ids, *logprobs.values())]),
+        list(logprobs),
+        likelihoods if wide else None,
     )
+
+
+def score(logits: Tensor, temperature: float, ids: Tensor) -> Tensor:
+    """Log-probs float32 [batch] of tokens int64 [batch] in softmax(logits / temperature), logits [batch, vocab]: what
+    `sample` says of a token that it draws from this distribution."""
+    if has_kernels(logits):
+        from .gpu.sampling import score as score_fused
+
+        return score_fused(logits, torch.full((len(ids),), temperature, device=logits.device), ids).float()
+    return Likelihoods(logits.float() / temperature).logprobs(ids[:, None])[:, 0]
 
 
 def _is_plain(request: Sampled) -> bool:

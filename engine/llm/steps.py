@@ -15,10 +15,9 @@ from ...weight_sync import Policy
 from ..errors import NonFiniteError
 from .decoder import Decoder
 from .forward import Forward
-from .likelihoods import Likelihoods
 from .paged_attention import Span
 from .request import Request
-from .sampler import Draw, Draws, sample
+from .sampler import Draw, Draws, EachDraws, sample, score
 from .scheduler import Chunk, Scheduler
 from .transfers import upload
 
@@ -29,7 +28,7 @@ class Launched(Struct, frozen=True):
     """A step that the device is at: whose tokens it draws, and by which version of the weights."""
 
     requests: list[Request]
-    draws: Draws
+    draws: Draws | EachDraws
     version: str
 
 
@@ -37,10 +36,17 @@ class Steps:
     """One after another, of whatever the scheduler has; never two at once."""
 
     def __init__(
-        self, model: Decoder, policy: Policy, forward: Forward, scheduler: Scheduler, *, looks_ahead: bool
+        self,
+        model: Decoder,
+        policy: Policy,
+        forward: Forward,
+        scheduler: Scheduler,
+        *,
+        looks_ahead: bool,
+        batch_invariant: bool = False,
     ) -> None:
         self.model, self.policy, self.forward, self.scheduler = model, policy, forward, scheduler
-        self.looks_ahead = looks_ahead
+        self.looks_ahead, self.batch_invariant = looks_ahead, batch_invariant
         self._launched: deque[Launched] = deque()  # steps whose tokens are not taken in yet
 
     def step(self) -> None:
@@ -134,7 +140,7 @@ class Steps:
             logits = logits[upload(rows, logits.device)]
         version = self.policy.version
         assert version is not None
-        self._launched.append(Launched(requests, sample(logits, requests), version))
+        self._launched.append(Launched(requests, sample(logits, requests, apart=self.batch_invariant), version))
         for at, request in enumerate(requests):
             request.in_flight, request.drawn_at = request.in_flight + 1, at
 
@@ -143,9 +149,9 @@ class Steps:
         request, scores = chunk.request, list[Tensor]()
         following = request.prompt[chunk.start + 1 : chunk.end + 1]
         for start in range(0, len(following), LOGIT_ROWS):
-            ids = upload(following[start : start + LOGIT_ROWS], hidden.device)[:, None]
-            logits = self.model.logits(hidden[start : start + len(ids)]).float() / request.params.prompt_temperature
-            scores.append(Likelihoods(logits).logprobs(ids)[:, 0].cpu())
+            ids = upload(following[start : start + LOGIT_ROWS], hidden.device)
+            logits = self.model.logits(hidden[start : start + len(ids)])
+            scores.append(score(logits, request.params.prompt_temperature, ids).cpu())
         return scores
 
 

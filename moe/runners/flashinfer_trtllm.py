@@ -86,6 +86,10 @@ class TrtllmRunner:
             return "computes plain SwiGLU, without biases"
         return cls._scheme_refused(scheme, capability)
 
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return "FlashInfer chooses a tactic by the number of tokens"
+
     @classmethod
     def _scheme_refused(cls, scheme: Scheme, capability: Capability) -> str | None:
         assert capability.flashinfer is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...quant import Capability, LinearKernel, Scheme, WeightShape, select_kernel
+from ...quant.kernels.gemm import batch_dependent
 from ..activation import gated_activation
 from ..config import MoeConfig
 
@@ -51,6 +52,10 @@ class ReferenceRunner:
     @staticmethod
     def unsupported(config: MoeConfig, scheme: Scheme, capability: Capability, dtype: torch.dtype) -> str | None:
         return None
+
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return batch_dependent(capability)
 
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         order = ids.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert

@@ -116,6 +116,10 @@ class TritonRunner:
             return f"hidden and intermediate sizes are multiples of {depth}"
         return None
 
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return None if capability.sm == 90 else f"its tiles were seen to sum alike on sm90, and this is {capability}"
+
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         return self._apply(x.contiguous(), ids, weights, w13, w2)
 

@@ -202,15 +202,18 @@ def nvfp4_matmul(
     rows: slice,
     token_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> None:
     """x BF16 [M, K] times rows of a packed weight -> these columns of out BF16 [M, N].
 
-    `token_scale` float32 [M] or a scalar, `bias` [N].
+    `token_scale` float32 [M] or a scalar, `bias` [N]. `invariant`: one order of sums whatever M, which is slower for
+    many tokens.
     """
     scales = packed["row_scale"], x if token_scale is None else token_scale, x if bias is None else bias
     scaled = 0 if token_scale is None else 1 if token_scale.ndim else 2
     M, N = len(x), out.shape[1]
-    most = 2 * MIDDLE if N * x.shape[1] >= LARGE else MIDDLE
+    most = M if invariant else 2 * MIDDLE if N * x.shape[1] >= LARGE else MIDDLE
     few = M <= FEW or (most >= M and middle_tile(N, M) is None)
     launch = _launch_few if few else _launch_middle if most >= M else _launch_many
     launch(x, packed, scales, out, rows, {"SCALED": scaled, "BIAS": bias is not None})

@@ -15,7 +15,7 @@ from .. import numerics
 from ..device import Capability
 from ..scheme import FP8, NVFP4, Scheme, Stored, TensorSpec, WeightShape
 from .activation import quantize_activation
-from .gemm import matmul_float32, product_dtype
+from .gemm import batch_dependent, matmul_float32, product_dtype
 
 
 class ExactKernel:
@@ -32,6 +32,10 @@ class ExactKernel:
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         return None if isinstance(scheme, FP8 | NVFP4) else "computes FP8 and NVFP4 only"
+
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return batch_dependent(capability)
 
     def packed(self) -> dict[str, TensorSpec]:
         rows = TensorSpec(self.shape.dims(self.shape.num_rows), torch.float32)

@@ -79,6 +79,10 @@ class FlashInferFP4:
             return f"flashinfer {version} takes one alpha for all tokens (since 0.7.1 one a token)"
         return None
 
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return "FlashInfer chooses a tactic by the number of tokens"
+
     def packed(self) -> dict[str, TensorSpec]:
         scale_dims = _ceil(self.rows, SCALE_ROWS), _ceil(self.cols // GROUP_SIZE, 4)
         specs = {

@@ -43,6 +43,10 @@ class FlashInferFP8:
             return f"gives BF16 results, not {dtype}"
         return None
 
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return "FlashInfer chooses a tactic by the number of tokens"
+
     def packed(self) -> dict[str, TensorSpec]:
         one = TensorSpec(self.shape.dims(1), torch.float32)
         specs = {"weight": TensorSpec(self.shape.dims(*self.padded), torch.float8_e4m3fn), "weight_scale": one}

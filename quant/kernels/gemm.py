@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import Capability
+from ..errors import UnsupportedError
 
 
 def product_dtype(dtype: torch.dtype, capability: Capability) -> torch.dtype:
@@ -43,6 +46,15 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def batch_dependent(capability: Capability) -> str | None:
+    """Why a row of these products may have other bits where there are more rows, or None."""
+    if capability.sm is not None:
+        return "it multiplies through a library that chooses how to sum by the number of rows"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN, and MKL sums a row as the number of rows and threads suggests"
+    return None
+
+
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
@@ -53,3 +65,31 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     out = matmul_float32(x, weight)
     return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+class Matmul(Protocol):
+    """x [M, K] times weight [N, K] transposed, plus bias [N], in x's dtype."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor: ...
+
+
+def select_matmul(capability: Capability, dtype: torch.dtype, *, batch_invariant: bool) -> Matmul:
+    """`matmul`, or with `batch_invariant` a product of this dtype whose rows do not depend on how many there are."""
+    reason = batch_dependent(capability) if batch_invariant else None
+    if reason is None:
+        return matmul
+    reason = no_invariant_matmul(capability, dtype)
+    if reason is not None:
+        raise UnsupportedError(f"batch_invariant=True for products in {dtype} on {capability}", [reason])
+    from ..gpu.bf16_gemm import bf16_matmul
+
+    return bf16_matmul
+
+
+def no_invariant_matmul(capability: Capability, dtype: torch.dtype) -> str | None:
+    """Why no kernel of our own multiplies rows independently of each other here, or None."""
+    if capability.sm != 90:
+        return f"its tiles were checked on sm90, this is {capability}"
+    if "triton" not in capability.libraries:
+        return "triton is not installed"
+    return None if dtype == torch.bfloat16 else f"computes in bfloat16, not {dtype}"

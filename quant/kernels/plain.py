@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..device import Capability
 from ..scheme import Plain, Scheme, Stored, TensorSpec, WeightShape
-from .gemm import matmul, product_dtype
+from .gemm import batch_dependent, matmul, product_dtype
 
 
 class PlainKernel:
@@ -28,6 +28,10 @@ class PlainKernel:
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         return None if isinstance(scheme, Plain) else "computes unquantized weights only"
+
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return batch_dependent(capability)
 
     def packed(self) -> dict[str, TensorSpec]:
         return {self.tensor: TensorSpec(self.shape.matrix, self.dtype)}

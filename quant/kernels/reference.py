@@ -10,7 +10,7 @@ from torch import Tensor
 from ..device import Capability
 from ..scheme import FP8, NVFP4, Scheme, Stored, TensorSpec, WeightShape
 from .activation import quantize_activation
-from .gemm import matmul_float32
+from .gemm import batch_dependent, matmul_float32
 
 
 class ReferenceKernel:
@@ -24,6 +24,10 @@ class ReferenceKernel:
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         return None if isinstance(scheme, FP8 | NVFP4) else "computes FP8 and NVFP4 only"
+
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return batch_dependent(capability)
 
     def packed(self) -> dict[str, TensorSpec]:
         return {**self.scheme.matrices(self.shape), **self.scheme.scales(self.shape)}

@@ -14,6 +14,7 @@ from ..fp8_rows import FP8Rows
 from ..layout import pad_to
 from ..scheme import FP8, Scheme, Stored, TensorSpec, WeightShape
 from .activation import fp8_codes
+from .gemm import batch_dependent
 
 TILE = 16  # _scaled_mm takes multiples of 16 in N and K
 
@@ -62,6 +63,10 @@ class TorchFP8Kernel:
         if capability.sm is None and not cpu_takes_row_scales():
             return f"torch {torch.__version__} takes no scale a row on a CPU (2.13 does)"
         return None
+
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return None if capability.sm == 90 else f"a row was seen to keep its bits on sm90, and this is {capability}"
 
     def packed(self) -> dict[str, TensorSpec]:
         weight = TensorSpec(self.shape.dims(*self.padded), torch.float8_e4m3fn)
@@ -144,6 +149,10 @@ class TorchFP8WeightOnly(TorchFP8Kernel):
     @staticmethod
     def unsupported(scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> str | None:
         return None if isinstance(scheme, FP8) and scheme.activation == "none" else "leaves activations as they are"
+
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return batch_dependent(capability)
 
     def apply(self, x: Tensor, packed: Stored, bias: Tensor | None = None) -> Tensor:
         products = pad_to(x.to(self.dtype), cols=TILE) @ packed["weight"].to(self.dtype).t()

@@ -30,6 +30,10 @@ class TritonFP8Kernel(TorchFP8Kernel):
             return f"gives BF16 results, not {dtype}"
         return TorchFP8Kernel.unsupported(scheme, shape, dtype, capability)
 
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return "it sums few tokens in another order than many; torch_fp8 does not"
+
     def multiply(
         self,
         rows: FP8Rows,

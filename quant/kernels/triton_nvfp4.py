@@ -28,6 +28,7 @@ class TritonNVFP4Kernel:
     """
 
     name: ClassVar[str] = "triton_nvfp4"
+    invariant: ClassVar[bool] = False
 
     def __init__(self, scheme: Scheme, shape: WeightShape, dtype: torch.dtype, capability: Capability) -> None:
         assert isinstance(scheme, NVFP4)
@@ -50,6 +51,10 @@ class TritonNVFP4Kernel:
             return f"K is a multiple of {GROUP_SIZE}"
         return None
 
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return "it sums many tokens in another order than few; triton_nvfp4_invariant does not"
+
     def packed(self) -> dict[str, TensorSpec]:
         return self.packer.packed()
 
@@ -69,10 +74,10 @@ class TritonNVFP4Kernel:
         if self.scheme.activation == "static":
             for shard in range(len(self.shape.rows)):
                 values, scale = self._quantize(x, packed["input_scale"][shard])
-                nvfp4_matmul(values, packed, out, self.shape.shard_slice(shard), scale, bias)
+                nvfp4_matmul(values, packed, out, self.shape.shard_slice(shard), scale, bias, invariant=self.invariant)
             return out
         values, scale = self._quantize(x)
-        nvfp4_matmul(values, packed, out, slice(0, self.shape.num_rows), scale, bias)
+        nvfp4_matmul(values, packed, out, slice(0, self.shape.num_rows), scale, bias, invariant=self.invariant)
         return out
 
     def _quantize(self, x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -83,3 +88,14 @@ class TritonNVFP4Kernel:
             return nvfp4_products(x, input_scale)
         values, scale = quantize_activation(x, self.scheme, input_scale, torch.bfloat16)
         return values, scale if scale is None else scale.squeeze(-1) if scale.ndim else scale
+
+
+class TritonNVFP4InvariantKernel(TritonNVFP4Kernel):
+    """The same packed weights, summed in one order for any number of rows: slower for many."""
+
+    name: ClassVar[str] = "triton_nvfp4_invariant"
+    invariant: ClassVar[bool] = True
+
+    @staticmethod
+    def batch_dependent(capability: Capability) -> str | None:
+        return None

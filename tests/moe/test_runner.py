@@ -95,3 +95,35 @@ def test_tiles_of_hopper_are_for_hopper():
         )
         assert reason is not None
         assert f"sm{sm}" in reason
+
+
+HOPPER = Capability(torch.device("meta"), 90, ("triton",))
+WIDE = MoeConfig(num_experts=4, top_k=2, hidden_size=128, intermediate_size=128)
+
+
+@pytest.mark.parametrize("scheme", [BF16, FP8(), NVFP4(), NVFP4(activation="none")], ids=str)
+@pytest.mark.parametrize(("capability", "expected"), [(CPU, "reference"), (HOPPER, "triton")], ids=["cpu", "hopper"])
+def test_batch_invariant_runners(scheme, capability, expected):
+    assert select_runner(WIDE, scheme, capability, batch_invariant=True).name == expected
+
+
+@pytest.mark.parametrize(
+    ("scheme", "capability", "name", "reason"),
+    [
+        (FP8(), HOPPER, "reference", "through a library"),
+        (BF16, Capability(torch.device("meta"), 100, ("triton",)), "triton", "sum alike on sm90, and this is sm100"),
+        (FP8(activation="per_tensor"), CPU, "reference", "one scale for all rows"),
+    ],
+    ids=["library", "blackwell", "per_tensor"],
+)
+def test_runners_that_are_not_batch_invariant(scheme, capability, name, reason):
+    assert select_runner(WIDE, scheme, capability, name).name == name
+    with pytest.raises(UnsupportedError, match="no batch-invariant MoE runner") as error:
+        select_runner(WIDE, scheme, capability, name, batch_invariant=True)
+    assert reason in error.value.reasons[0]
+
+
+def test_experts_of_linear_kernels_are_what_these_are():
+    settings = {"capability": CPU, "dtype": torch.bfloat16, "linear_kernel": "torch_fp8", "batch_invariant": True}
+    with pytest.raises(UnsupportedError, match="no batch-invariant linear kernel"):
+        RoutedExperts("x", ("gate", "up", "down"), CONFIG, FP8(), **settings)

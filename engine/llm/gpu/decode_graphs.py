@@ -5,18 +5,34 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..attention import Attend
 from ..decoder import Decoder
 from ..kv_cache import KVCache
 from ..page_pool import PAGE_SIZE
 from ..paged_attention import Span
-from .flashinfer_attention import DecodeAttention, FlashInferAttention
 
 log = logging.getLogger("rollmill")
+
+
+class GraphAttend(Attend, Protocol):
+    """Attention of one new token of each sequence, at fixed addresses."""
+
+    slots: Tensor
+
+    def plan(self, spans: Sequence[Span]) -> None:
+        """Write a step's tables; sequences that are missing read and write page 0."""
+        ...
+
+
+class GraphAttention(Protocol):
+    """What makes such attention."""
+
+    def decode_step(self, batch_size: int, max_pages: int) -> GraphAttend: ...
 
 
 class DecodeGraphs:
@@ -25,7 +41,7 @@ class DecodeGraphs:
     Rows beyond the sequences at hand compute a token that nobody reads.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, attention: FlashInferAttention, max_batch_size: int) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, attention: GraphAttention, max_batch_size: int) -> None:
         self.model, self.cache, self.attention = model, cache, attention
         self.sizes = batch_sizes(max_batch_size)
         self._graphs: dict[int, DecodeGraph] = {}
@@ -58,12 +74,12 @@ class DecodeGraphs:
 class DecodeGraph:
     """One batch size."""
 
-    def __init__(self, model: Decoder, cache: KVCache, attention: FlashInferAttention, size: int, pool: Any) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, attention: GraphAttention, size: int, pool: Any) -> None:
         self.model, self.cache, device = model, cache, model.device
         self.ids = torch.zeros(size, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         longest = min(cache.num_pages, -(-model.config.max_position // PAGE_SIZE))  # pages of one sequence
-        self.attend: DecodeAttention = attention.decode_step(size, size * longest)
+        self.attend = attention.decode_step(size, size * longest)
         self.graph = torch.cuda.CUDAGraph()
         self.attend.plan([])
         stream = torch.cuda.Stream(device)

@@ -18,7 +18,7 @@ from ..attention import AttentionSpec
 from ..cached_attend import CachedAttend
 from ..kv_cache import KVCache
 from ..page_pool import PAGE_SIZE
-from ..paged_attention import Span
+from ..paged_attention import Span, slots_of
 from ..transfers import upload
 
 WORKSPACE_BYTES = 256 << 20
@@ -87,9 +87,9 @@ class FlashInferAttention:
         yield starts, pages.to(self.cache.keys.device, non_blocking=True), last
         self._plan_read.record(torch.cuda.current_stream(self.cache.keys.device))
 
-    def decode_step(self, batch_size: int, max_pages: int) -> DecodeAttention:
+    def decode_step(self, batch_size: int, max_pages: int) -> FlashInferDecodeStep:
         """Attention for a CUDA graph: one new token of each of `batch_size` sequences, of `max_pages` pages in all."""
-        return DecodeAttention(self, batch_size, max_pages)
+        return FlashInferDecodeStep(self, batch_size, max_pages)
 
     def _prefill_wrapper(self) -> Any:
         kind = import_flashinfer().BatchPrefillWithPagedKVCacheWrapper
@@ -119,7 +119,7 @@ class StepAttention(CachedAttend):
         return self.wrappers[kind_of(spec)].run(q.contiguous(), pages)
 
 
-class DecodeAttention(StepAttention):
+class FlashInferDecodeStep(StepAttention):
     """The same at fixed addresses: `plan` writes a step's tables into the buffers that a captured graph reads."""
 
     def __init__(self, attention: FlashInferAttention, batch_size: int, max_pages: int) -> None:
@@ -163,10 +163,3 @@ def make_tables(spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
     numbers = np.fromiter(pages, dtype=np.int32, count=int(starts[-1]))
     last = np.array([(span.end - 1) % PAGE_SIZE + 1 for span in spans], dtype=np.int32)
     return torch.from_numpy(starts), torch.from_numpy(numbers), torch.from_numpy(last)
-
-
-def slots_of(spans: Sequence[Span]) -> list[int]:
-    """Where each span's new tokens lie in the cache."""
-    return [
-        span.pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for span in spans for at in range(span.start, span.end)
-    ]

@@ -5,7 +5,7 @@ over blocks of tokens, blocks are added in float64, and a token is found by a se
 block. No copy of the vocabulary is written, and a row does not depend on the other rows.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # (to a type checker a kernel is the function that Triton compiles, which takes no launch options)
 
 from __future__ import annotations
@@ -72,10 +72,43 @@ def _search(weights, at, target):
 
 
 @triton.jit
+def _drawn_id(
+    logits_ptr,
+    temperature_ptr,
+    uniform_ptr,
+    best_ptr,
+    masses,
+    total,
+    peaks,
+    peak,
+    row,
+    vocab,
+    stride,
+    num_parts,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Where the row's number falls among the masses of blocks and within one; the likeliest where it is negative."""
+    parts, blocks = tl.arange(0, PARTS), tl.arange(0, PARTS * PART)
+    uniform = tl.load(uniform_ptr + row)
+    block, rest = _search(masses, blocks, uniform * total)
+    ids = tl.arange(0, BLOCK)
+    scaled = _scaled(logits_ptr, temperature_ptr, row, block * BLOCK + ids, vocab, stride)
+    inner = tl.exp(scaled - peak).to(tl.float64)
+    mass = tl.sum(tl.where(blocks == block, masses, 0.0), axis=0)
+    within, _ = _search(inner, ids, rest / mass * tl.sum(inner, axis=0))
+    part = tl.min(tl.where(peaks == peak, parts, num_parts - 1), axis=0)
+    greedy = tl.load(best_ptr + row * num_parts + part)
+    return tl.minimum(tl.where(uniform < 0, greedy, block * BLOCK + within), vocab - 1)
+
+
+@triton.jit
 def _draw_kernel(
     logits_ptr,
     temperature_ptr,
     uniform_ptr,
+    given_ptr,
     sums_ptr,
     peaks_ptr,
     best_ptr,
@@ -88,7 +121,9 @@ def _draw_kernel(
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
+    """GIVEN: the ids are, and nothing is drawn."""
     row = tl.program_id(0)
     parts, blocks = tl.arange(0, PARTS), tl.arange(0, PARTS * PART)
     peaks = tl.load(peaks_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
@@ -98,17 +133,13 @@ def _draw_kernel(
     masses = sums.to(tl.float64) * tl.exp(own - peak).to(tl.float64)  # NaN where a row has no peak
     total = tl.sum(masses, axis=0)
 
-    uniform = tl.load(uniform_ptr + row)
-    block, rest = _search(masses, blocks, uniform * total)
-    ids = tl.arange(0, BLOCK)
-    scaled = _scaled(logits_ptr, temperature_ptr, row, block * BLOCK + ids, vocab, stride)
-    inner = tl.exp(scaled - peak).to(tl.float64)
-    mass = tl.sum(tl.where(blocks == block, masses, 0.0), axis=0)
-    within, _ = _search(inner, ids, rest / mass * tl.sum(inner, axis=0))
-    part = tl.min(tl.where(peaks == peak, parts, num_parts - 1), axis=0)
-    greedy = tl.load(best_ptr + row * num_parts + part)
-    id = tl.minimum(tl.where(uniform < 0, greedy, block * BLOCK + within), vocab - 1)
-
+    if GIVEN:
+        id = tl.load(given_ptr + row).to(tl.int32)
+    else:
+        id = _drawn_id(
+            logits_ptr, temperature_ptr, uniform_ptr, best_ptr, masses, total, peaks, peak, row, vocab, stride,
+            num_parts, BLOCK, PART, PARTS,
+        )  # fmt: skip
     chosen = tl.load(logits_ptr + row.to(tl.int64) * stride + id).to(tl.float32)
     logprob = (tl.div_rn(chosen, tl.load(temperature_ptr + row)) - peak).to(tl.float64) - tl.log(total)
     tl.store(ids_ptr + row, id.to(tl.int64))
@@ -124,6 +155,18 @@ def draw(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor
     [batch] in [0, 1), or -1 for the likeliest token, the first of equals. NaN or +inf in a row, or nothing but -inf,
     gives NaN.
     """
+    return _launch(logits, temperatures, uniforms, None)
+
+
+@on_own_device
+def score(logits: Tensor, temperatures: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs float64 [batch] of token ids int64 [batch], the bits that `draw` gives for them."""
+    return _launch(logits, temperatures, None, ids)[1][1]
+
+
+def _launch(
+    logits: Tensor, temperatures: Tensor, uniforms: Tensor | None, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
     (batch, vocab), device = logits.shape, logits.device
     num_parts = triton.cdiv(vocab, PART * BLOCK)
     sums = torch.empty(batch, num_parts * PART, dtype=torch.float32, device=device)
@@ -131,24 +174,12 @@ def draw(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor
     best = torch.empty(batch, num_parts, dtype=torch.int32, device=device)
     ids = torch.empty(batch, dtype=torch.long, device=device)
     values = torch.empty(2, batch, dtype=torch.float64, device=device)
-    parts = (sums, peaks, best)
-    _sum_kernel[(batch, num_parts)](
-        logits, temperatures, *parts, vocab, logits.stride(0), num_parts, BLOCK=BLOCK, PART=PART, num_warps=8
-    )
+    parts, sizes = (sums, peaks, best), {"BLOCK": BLOCK, "PART": PART}
+    shape = (vocab, logits.stride(0), num_parts)
+    _sum_kernel[(batch, num_parts)](logits, temperatures, *parts, *shape, **sizes, num_warps=8)
+    wanted = (uniforms, ids) if given is None else (given, given)  # what is not read is some pointer
     _draw_kernel[(batch,)](
-        logits,
-        temperatures,
-        uniforms,
-        *parts,
-        ids,
-        values,
-        batch,
-        vocab,
-        logits.stride(0),
-        num_parts,
-        BLOCK=BLOCK,
-        PART=PART,
-        PARTS=triton.next_power_of_2(num_parts),
-        num_warps=4,
-    )
+        logits, temperatures, *wanted, *parts, ids, values, batch, *shape,
+        PARTS=triton.next_power_of_2(num_parts), GIVEN=given is not None, **sizes, num_warps=4,
+    )  # fmt: skip
     return ids, values

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ....moe import router_logits, sigmoid
-from ....quant import FP8Rows, Plain, Reads, matmul, values_of
+from ....quant import FP8Rows, Plain, Reads, values_of
 from ..decoder_config import DecoderConfig, SharedExpertConfig
 from ..parts import Parts
 from .mlp import MLP
@@ -21,7 +21,7 @@ class SparseMLP:
         router = f"{prefix}.{config.names.router}"
         rows, self.dtype = config.moe.num_experts, torch.float32 if config.router.float32 else None
         self.gate = parts.plain(router, rows, config.hidden_size, dtype=self.dtype)
-        bias = Plain(tensor="bias")
+        self.matmul, bias = parts.matmul(self.dtype), Plain(tensor="bias")
         self.gate_bias = parts.plain(router, rows, scheme=bias, dtype=self.dtype) if config.router.bias else None
         correction = Plain(torch.float32, "e_score_correction_bias")
         self.correction_bias = parts.plain(router, rows, scheme=correction) if config.router.correction_bias else None
@@ -35,7 +35,8 @@ class SparseMLP:
 
     def __call__(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:
         values = values_of(x)
-        logits = router_logits(values if self.dtype is None else values.to(self.dtype), self.gate, self.gate_bias)
+        values = values if self.dtype is None else values.to(self.dtype)
+        logits = router_logits(values, self.gate, self.gate_bias, self.matmul)
         out, ids = self.experts.dispatch(x, logits, self.correction_bias)
         if routed is not None:
             routed.append(ids)
@@ -47,8 +48,9 @@ class SharedExpert:
 
     def __init__(self, parts: Parts, config: DecoderConfig, shared: SharedExpertConfig, prefix: str) -> None:
         self.mlp = MLP(parts, config, f"{prefix}.{shared.module}.", shared.intermediate_size)
+        self.matmul = parts.matmul()
         self.gate = None if shared.gate is None else parts.plain(f"{prefix}.{shared.gate}", 1, config.hidden_size)
 
     def __call__(self, x: Tensor | FP8Rows) -> Tensor:
         out = self.mlp(x)
-        return out if self.gate is None else sigmoid(matmul(values_of(x), self.gate).float()).to(out.dtype) * out
+        return out if self.gate is None else sigmoid(self.matmul(values_of(x), self.gate).float()).to(out.dtype) * out

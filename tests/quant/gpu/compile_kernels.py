@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from rollmill.moe.gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
 from rollmill.quant.gpu import (
+    bf16_gemm,
     convert,
     fp8_gemm,
     nvfp4_gemm,
@@ -153,7 +154,21 @@ def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     }
 
 
-def tile_of(tile: nvfp4_gemm.Tile | fp8_gemm.Tile) -> dict[str, int]:
+def bf16_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every tile of the BF16 product in one order of sums."""
+    inputs = {"x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    sizes, found = {"M": "i32", "N": "i32:16", "K": "i32:16", "part": "i32"}, {}
+    for tile in (*(tile for _, tile in bf16_gemm.FEW_TILES), *bf16_gemm.MANY_TILES):
+        few = tile not in bf16_gemm.MANY_TILES
+        kernel = bf16_gemm.few_tokens_kernel if few else bf16_gemm.many_tokens_kernel
+        own = {"SLICES": bf16_gemm.SLICES} if few else {"GROUP": 8}
+        options = {"DEPTH": tile.depth, "RAGGED": False, "BIAS": True, "EARLY": True} | own
+        name = f"bf16_{'few' if few else 'many'}_{tile.rows}x{tile.tokens}"
+        found[name] = (kernel, inputs | sizes, tile_of(tile) | options, tile.warps)
+    return found
+
+
+def tile_of(tile: nvfp4_gemm.Tile | fp8_gemm.Tile | bf16_gemm.Tile) -> dict[str, int]:
     return {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
 
 
@@ -218,7 +233,8 @@ def compile_one(
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
-    asked += [(name, parts, 90) for name, parts in (dense_kernels() | fp8_few_kernels() | expert_kernels()).items()]
+    for found in (dense_kernels(), fp8_few_kernels(), bf16_kernels(), expert_kernels()):
+        asked += [(name, parts, 90) for name, parts in found.items()]
     asked += [(name, parts, 100) for name, parts in expert_kernels().items() if "_bf16_" in name]
     asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]
     print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))

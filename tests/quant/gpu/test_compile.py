@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from rollmill.quant.gpu import fp8_gemm  # noqa: E402 (where Triton is installed)
+from rollmill.quant.gpu import bf16_gemm, fp8_gemm  # noqa: E402 (where Triton is installed)
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 ARCHITECTURES = (90, 100, 103, 120)
@@ -67,6 +67,18 @@ def test_fp8_products_of_few_tokens_compile_for_hopper_without_spills(compiled: 
         assert needs["STACK"] == needs["LOCAL"] == 0
         assert needs["shared"] <= SHARED[90]
         assert needs["instructions"] == ["mma.sync"]
+
+
+@pytest.mark.parametrize(("kind", "instruction"), [("few", "mma.sync"), ("many", "wgmma")])
+def test_bf16_products_in_one_order_compile_for_hopper_without_spills(
+    compiled: dict[str, dict[str, Any]], kind: str, instruction: str
+):
+    found = {name: needs for name, needs in compiled.items() if name.startswith(f"bf16_{kind}_")}
+    assert len(found) == len(bf16_gemm.FEW_TILES if kind == "few" else bf16_gemm.MANY_TILES)
+    for needs in found.values():
+        assert needs["STACK"] == needs["LOCAL"] == 0
+        assert needs["shared"] <= SHARED[90]
+        assert needs["instructions"] == [instruction]
 
 
 @pytest.mark.parametrize("weight", ["w13", "w2"])

@@ -12,18 +12,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rollmill.engine.llm.gpu import norms, qkv, sampling, silu
+from rollmill.engine.llm.gpu import fixed_attention, norms, paged_kernels, qkv, sampling, silu
 from rollmill.moe.gpu import blocks, router, routing
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16, FP32, F64, FP8, I32, I64, U8 = "*bf16", "*fp32", "*fp64", "*fp8e4nv", "*i32", "*i64", "*u8"
-SIXTEENS = ("K", "qkv_stride", "key_stride", "value_stride", "num_experts")  # multiples of 16, as Triton finds them
+SIXTEENS = ("K", "stride", "qkv_stride", "key_stride", "value_stride", "num_experts")  # multiples of 16, as Triton finds them
 SIZES = {"num_rows": "i32", "K": "i32"}
 TOKEN = {"token_ptr": FP32}
 NORM = {
@@ -57,7 +57,16 @@ BLOCKS = {
 PARTS = {"sums_ptr": FP32, "peaks_ptr": FP32, "best_ptr": I32}
 STRIDES = dict.fromkeys(("vocab", "stride", "num_parts"), "i32")
 LOGITS = {"logits_ptr": BF16, "temperature_ptr": FP32}
-DRAW = LOGITS | {"uniform_ptr": F64} | PARTS | {"ids_ptr": I64, "values_ptr": F64, "num_rows": "i32"} | STRIDES
+CHOICE = {"uniform_ptr": F64, "given_ptr": I64}
+DRAW = LOGITS | CHOICE | PARTS | {"ids_ptr": I64, "values_ptr": F64, "num_rows": "i32"} | STRIDES
+DRAWN = {"BLOCK": 256, "PART": 16, "PARTS": 64}
+ATTEND = {
+    **{f"{name}_ptr": BF16 for name in ("q", "keys", "values", "out")},
+    **{f"{name}_ptr": FP32 for name in ("peaks", "masses", "totals")},
+    **{f"{name}_ptr": I32 for name in ("ended", "items", "sequences", "first_item", "tiles", "first_page", "pages")},
+    **dict.fromkeys(("scale", "softcap"), "fp32"),
+    **dict.fromkeys(("num_sequences", "stride", "window"), "i32"),
+}
 GATED = {"gate_up_ptr": BF16, "static_ptr": FP32}
 EARLY = {"EARLY": True}
 ROW = {"ROWS": 1, "BLOCK_K": 2048}  # Qwen3-30B-A3B's hidden size
@@ -65,6 +74,16 @@ WIDE = {"ROWS": 1, "BLOCK_K": 16384}  # the most of an intermediate size
 LARGE = {"ROWS": 1, "BLOCK_K": 8192}  # the hidden size of a 70B model
 NORM_OF = {"KIND": "rms", "ADD": True, "NORMED": True, "QUANTIZE": False, "STATIC": False} | EARLY
 HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 4, "HEAD_DIM": 128, "ROTARY_DIM": 128, "COLS": 128, "HEADS": 4} | EARLY
+
+
+def attention(kernel: Any, kind: Literal["prompt", "part", "whole"], head_dim: int = 128) -> tuple[Any, ...]:
+    """Of 32 heads, 8 of a group."""
+    shape = fixed_attention.SHAPE
+    constants = {"HEADS": 32, "GROUP": 8, "D": head_dim, "COLS": head_dim, "PART": shape.part, "PAGE": 16} | EARLY
+    constants |= {"WINDOW": False, "SOFTCAP": False, "STAGES": getattr(shape, f"{kind}_stages")}
+    constants |= {"M": shape.prompt_rows if kind == "prompt" else 8}
+    signature = {name: ATTEND[name] for name in kernel.arg_names if name in ATTEND}
+    return kernel, signature, constants, shape.warps(kind, head_dim)
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
@@ -77,6 +96,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     nvfp4 = GATED | {"codes_ptr": I32, "scales_ptr": U8} | TOKEN | SIZES
     fp8 = GATED | {"codes_ptr": FP8} | TOKEN | SIZES
     return {
+        "attention of prompts": attention(paged_kernels.prompt_kernel, "prompt"),
+        "attention of parts of a token": attention(paged_kernels.token_kernel, "part"),
+        "attention of a token": attention(paged_kernels.token_kernel, "whole"),
+        "attention of a token, large heads": attention(paged_kernels.token_kernel, "whole", 256),
         "add_rms_norm": (norms._norm_kernel, NORM, NORM_OF | ROW, 4),
         "add_rms_norm_quantize_fp8": (norms._norm_kernel, NORM, quantized | ROW, 4),
         "add_rms_norm_quantize_fp8 large": (norms._norm_kernel, NORM, quantized | LARGE, 16),
@@ -87,7 +110,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "route_softmax 128": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 128}, 1),
         "route_softmax 512": (routing._softmax_kernel, ROUTE, routed | {"EXPERTS": 512, "SHORT": False}, 4),
         "sums of a vocabulary": (sampling._sum_kernel, LOGITS | PARTS | STRIDES, {"BLOCK": 256, "PART": 16}, 8),
-        "draw": (sampling._draw_kernel, DRAW, {"BLOCK": 256, "PART": 16, "PARTS": 64}, 4),
+        "draw": (sampling._draw_kernel, DRAW, DRAWN | {"GIVEN": False}, 4),
+        "score": (sampling._draw_kernel, DRAW, DRAWN | {"GIVEN": True}, 4),
         "make_blocks 8": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 16, "PAIRS": 128}, 4),
         "make_blocks 4096": (blocks._one_program_kernel, BLOCKS, blocked | {"BLOCK": 64, "PAIRS": 4096}, 16),
         "silu_and_mul": (

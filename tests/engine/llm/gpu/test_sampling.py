@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.engine import SamplingParams  # noqa: E402
 from rollmill.engine.llm import sampler  # noqa: E402
-from rollmill.engine.llm.gpu.sampling import draw  # noqa: E402 (after the conftest's set-up)
+from rollmill.engine.llm.gpu.sampling import draw, score  # noqa: E402 (after the conftest's set-up)
 from rollmill.engine.llm.likelihoods import Likelihoods  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,3 +141,40 @@ def test_the_sampler_takes_the_kernels_where_they_are_enough(monkeypatch: pytest
     for params in WIDE:
         with pytest.raises(TypeError, match="NoneType"):  # the way without kernels
             sampler.sample(logits, [*rows[:-1], Row(params)])
+
+
+@dtypes
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_are_the_bits_of_drawn_tokens(dtype: torch.dtype, temperature: float):
+    logits = logits_of(6, 10007, dtype)
+    ids, logprobs = draw_all(logits, [temperature] * 6, [0.1, 0.3, 0.5, 0.7, 0.9, -1.0])
+    temperatures = torch.full((6,), temperature, device=DEVICE)
+    assert torch.equal(score(logits, temperatures, ids.to(DEVICE)).cpu(), logprobs)
+    assert torch.equal(score(logits[2:3], temperatures[:1], ids[2:3].to(DEVICE)).cpu(), logprobs[2:3])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_with_and_without_kernels(monkeypatch: pytest.MonkeyPatch, temperature: float):
+    logits, ids = logits_of(3, 5000, torch.bfloat16), torch.tensor([7, 4999, 0], device=DEVICE)
+    found = {}
+    for kernels in (False, True):
+        monkeypatch.setattr(sampler, "has_kernels", lambda x, kernels=kernels: kernels)
+        found[kernels] = sampler.score(logits, temperature, ids)
+        assert found[kernels].dtype == torch.float32
+    torch.testing.assert_close(found[True], found[False], rtol=0, atol=2e-6)
+
+
+def test_requests_drawn_apart(monkeypatch: pytest.MonkeyPatch):
+    """Each as if it were alone: a plain one by the kernel, whoever else is there. Log-probs are those of `score`."""
+    params = [PLAIN[0], SamplingParams(temperature=0.7, top_p=0.8), *WIDE]
+    logits, rows = logits_of(len(params), 5000, torch.bfloat16), [Row(one) for one in params]
+    monkeypatch.setattr(sampler, "has_kernels", lambda x: True)
+    apart = sampler.sample(logits, rows, apart=True)
+    assert apart.ids.tolist() == [draw.token for draw in apart.read()]
+    for i, (row, found) in enumerate(zip(rows, apart.read(), strict=True)):
+        alone = sampler.sample(logits[i : i + 1], [row]).read()[0]
+        assert found.token == alone.token
+        assert abs(found.logprob - alone.logprob) < 2e-6
+        temperature = 1.0 if row.params.logprobs == "raw" else row.params.temperature
+        again = sampler.score(logits[i : i + 1], temperature, torch.tensor([found.token], device=DEVICE))
+        assert torch.tensor(found.logprob, dtype=torch.float32) == again.cpu()
