@@ -249,6 +249,8 @@ class LanguageEngine(Engine):
 def _check_language(config: EngineConfig) -> None:
     if config.dual is not None or config.layout is not None or config.base is not None:
         raise UnsupportedError("dual, layout or base", ["these are for diffusion transformers; leave them at None"])
+    if config.attention == "fp8":
+        raise UnsupportedError("attention='fp8'", ["it is for diffusion transformers; here: auto, torch, flashinfer"])
 
 
 def _num_pages(model: Decoder, config: EngineConfig) -> int:
