@@ -23,14 +23,8 @@ from rollmill.moe.gpu import blocks, router, routing
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16, FP32, F64, FP8, I32, I64, U8 = "*bf16", "*fp32", "*fp64", "*fp8e4nv", "*i32", "*i64", "*u8"
-SIXTEENS = (
-    "K",
-    "stride",
-    "qkv_stride",
-    "key_stride",
-    "value_stride",
-    "num_experts",
-)  # multiples of 16, as Triton finds them
+# multiples of 16, as Triton finds them
+SIXTEENS = ("K", "stride", "qkv_stride", "key_stride", "value_stride", "num_experts")
 SIZES = {"num_rows": "i32", "K": "i32"}
 TOKEN = {"token_ptr": FP32}
 NORM = {
@@ -110,7 +104,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "add_rms_norm": (norms._norm_kernel, NORM, NORM_OF | ROW, 4),
         "add_rms_norm_quantize_fp8": (norms._norm_kernel, NORM, quantized | ROW, 4),
         "add_rms_norm_quantize_fp8 large": (norms._norm_kernel, NORM, quantized | LARGE, 16),
-        "choices' sum and norm": (norms._norm_kernel, NORM, quantized | ROW | {"TOP_K": 8}, 4),
+        "choices' sum and norm": (norms._norm_kernel, NORM, quantized | ROW | {"TOP_K": 8}, 8),
         "norm_rope_write": (qkv._qkv_kernel, QKV, HEADS | {"NORM": "rms", "CACHE": "bf16"}, 2),
         "norm_rope_write partly turned": (qkv._qkv_kernel, QKV, HEADS | partly, 2),
         "norm_rope_write fp8": (qkv._qkv_kernel, fp8_cache, HEADS | {"NORM": "rms", "CACHE": "fp8"}, 2),
