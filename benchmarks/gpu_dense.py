@@ -113,6 +113,7 @@ def bench(sgl_kernel: str | None) -> None:
             value, limit = mean([micros for _, micros, _ in rows]), mean([limit for _, _, limit in rows])
             results.append(make_result(f"dense_{name}_m{tokens}_us", value, "us", limit=limit, note=each))
             print(results[-1].name, f"{value:.1f} us, limit {limit:.1f};", each, flush=True)
+        save("gpu_dense", results)  # what there is, should the rest not end
     save("gpu_dense", [*results, *parts(find_sgl_kernel(sgl_kernel))])
 
 
