@@ -246,8 +246,8 @@ def try_tiles(layer: Layer, name: str, tokens: int, table: str, tiles: list[Tile
     """Prints the fastest; a tile must not change bits."""
     x, found, outs = tokens_of(tokens, layer.shape[1]), [], []
     for tile in tiles:
-        asked = {table: ((1 << 31, tile),)} | ({"few_tile": lambda *_, tile=tile: tile} if table == "FEW_TILES" else {})
-        with patch.multiple(nvfp4_gemm, **asked):
+        chosen = patch.object(nvfp4_gemm, "few_tile", lambda *_, tile=tile: tile)
+        with chosen, patch.object(nvfp4_gemm, table, ((1 << 31, tile),)):
             try:
                 found.append((round(layer.micros(x), 2), tuple(tile)))
                 outs.append(layer.kernel.apply(x, layer.copies[0]))
