@@ -126,7 +126,7 @@ class EngineConfig(Settings, frozen=True):
     Diffusion transformers: `dual`: "bf16" keeps a BF16 copy of the quantized layers beside them, for two precisions
     in one rollout and for `replay`; `max_denoise_batch`: samples that are denoised together; `base`: folder or hub id
     of the pipeline that brings what a file of transformer weights lacks; `layout`: how a file of NVFP4 weights lies,
-    where it does not say so itself.
+    where it does not say so itself; `attention`: "fp8" attends in FP8 where layers compute quantized (FLUX.1).
     """
 
     quant: QuantName | QuantSpec | None = None
@@ -143,7 +143,7 @@ class EngineConfig(Settings, frozen=True):
     seed: int = 0
     max_batch_size: int = 256
     max_step_tokens: int = 2048
-    attention: Literal["auto", "torch", "flashinfer"] = "auto"
+    attention: Literal["auto", "torch", "flashinfer", "fp8"] = "auto"
     batch_invariant: bool = False
     cuda_graphs: bool = True
     overlap: bool | None = None

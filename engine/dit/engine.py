@@ -65,6 +65,7 @@ class DiffusionEngine(Engine):
                 dtype=self.dtype,
                 names=read_kernel_names(self.config, toggles),
                 dual=self.config.dual is not None,
+                fp8_attention=self.config.attention == "fp8",
             )
             warnings += resolver.finish()
         self._load(self._sync_plan(), self._all_tensors(), warnings, CHECKED_TOKENS)
@@ -357,6 +358,7 @@ class DiffusionEngine(Engine):
         return {
             "transformers": {name: one.config.get("_class_name") for name, one in self.transformers.items()},
             "dual": self.config.dual,
+            "attention": "fp8" if self.config.attention == "fp8" else self.config.dtype,
             "max_denoise_batch": self.config.max_denoise_batch,
             "unfused": {name: one.unfused() for name, one in self.transformers.items()},
             "paused": self._turns.paused,
@@ -378,7 +380,6 @@ LANGUAGE_SETTINGS = (
     "max_step_tokens",
     "kv_cache_tokens",
     "prefix_cache",
-    "attention",
     "batch_invariant",
 )
 
@@ -388,3 +389,5 @@ def _check_diffusion(config: EngineConfig) -> None:
     changed = [f"{name}={value!r}" for name, value in given.items() if value != getattr(EngineConfig(), name)]
     if changed:
         raise UnsupportedError(", ".join(changed), ["these are for language models; leave them at their defaults"])
+    if config.attention not in ("auto", "fp8"):
+        raise UnsupportedError(f"attention={config.attention!r}", ["diffusion transformers know 'auto' and 'fp8'"])

@@ -53,6 +53,7 @@ class Transformer:
         dtype: torch.dtype,
         names: KernelNames | None = None,
         dual: bool = False,
+        fp8_attention: bool = False,
     ) -> None:
         self.name, self.config, self.resolver, self.switch = name, dict(config), resolver, switch
         self.capability, self.dtype, self.names, self.dual = capability, dtype, names or KernelNames(), dual
@@ -71,9 +72,16 @@ class Transformer:
                 self._replace(members, fused if len(members) == len(group) else None)
         self._bind_rest()
         self._check_refused()
+        if fp8_attention:
+            self._use_fp8_attention()
         for module in self.module.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 _compute_sample_by_sample(module)
+
+    def _use_fp8_attention(self) -> None:
+        from .fp8_processor import use_fp8_attention
+
+        use_fp8_attention(self.module, self.capability, self.switch, quantized=bool(self._quants))
 
     def unquantized_modules(self) -> list[str]:
         """Linears and convolutions that are served as they are, by the names that the model gives them."""

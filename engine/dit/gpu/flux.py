@@ -17,9 +17,10 @@ from msgspec import Struct
 from torch import Tensor
 
 from ....quant.gpu.quantize import quantize_fp8
+from ..fp8_processor import FP8FluxAttnProcessor
 from ..linears import Linears
 from .activations import Activations
-from .attention import attend
+from .attention import attend, attend_fp8
 from .gelu import gelu, join_gelu
 from .layers import Layer, as_read_by
 from .modulate import add_gated, norm_modulate
@@ -82,6 +83,8 @@ class FusedFlux:
     def __init__(self, module: Any, linears: Mapping[tuple[str, ...], Linears], precision: str) -> None:
         self.module, self._linears, self._precision = module, linears, precision
         self.num_heads = module.config.num_attention_heads
+        found = {type(processor) for processor in module.attn_processors.values()}
+        self._processor = FP8FluxAttnProcessor if found == {FP8FluxAttnProcessor} else FluxAttnProcessor
         self.embed = Both(self._layer("context_embedder"), self._layer("x_embedder"))
         self.double = [self._double(i) for i in range(len(module.transformer_blocks))]
         self.single = [self._single(i) for i in range(len(module.single_transformer_blocks))]
@@ -111,7 +114,7 @@ class FusedFlux:
             return "gradients of its inputs are asked for"
         if any(layer.slot.meter is not None for layer in self.layers()):
             return "activations are watched"
-        return changed_part(self.module)
+        return changed_part(self.module, self._processor)
 
     def _layer(self, *names: str) -> Layer:
         parent, _, first = names[0].rpartition(".")
@@ -198,11 +201,16 @@ class FusedFlux:
     ) -> Pending:
         shift, scale, gate, inner_shift, inner_scale, inner_gate = table.chunk(6, dim=-1)
         x = norm_modulate(h, scale, shift, streams, EPS, pending, **as_read_by(*block.qkv.layers))
-        qkv = qk_norm_rope(block.qkv(x, streams), block.norms, *rotary, streams, EPS)
-        attention = attend(qkv, streams, self.num_heads)
+        attention = self._attend(block.qkv(x, streams), block.norms, rotary, streams)
         y = block.out(join_gelu(attention, None, streams, **as_read_by(*block.out.layers)), streams)
         x = norm_modulate(h, inner_scale, inner_shift, streams, EPS, (y, gate), **as_read_by(*block.inner.layers))
         return block.outer(self._inner(block, x, streams), streams), inner_gate
+
+    def _attend(self, qkv: Tensor, norms: tuple[Tensor, ...], rotary: Rotary, streams: Streams) -> Tensor:
+        """Joint rows, as the model's processors attend."""
+        if self._precision == "quantized" and self._processor is FP8FluxAttnProcessor:
+            return attend_fp8(qkv, norms, *rotary, streams, EPS)
+        return attend(qk_norm_rope(qkv, norms, *rotary, streams, EPS), streams, self.num_heads)
 
     def _inner(self, block: DoubleBlock, x: Activations, streams: Streams) -> Activations:
         """What comes out of an MLP's GELU."""
@@ -215,19 +223,18 @@ class FusedFlux:
     ) -> Pending:
         shift, scale, gate = table.chunk(3, dim=-1)
         x = norm_modulate(h, scale, shift, joint, EPS, pending, **as_read_by(block.qkv, block.inner))
-        qkv = qk_norm_rope(block.qkv(x), block.norms, *rotary, joint, EPS)
-        attention = attend(qkv, joint, self.num_heads)
+        attention = self._attend(block.qkv(x), block.norms, rotary, joint)
         if block.inner.is_plain and block.outer.is_plain:
             return block.outer.sum_over(attention, block.inner.gelu(x)), gate
         return block.outer(join_gelu(attention, block.inner(x), joint, **as_read_by(block.outer))), gate
 
 
-def changed_part(module: Any) -> str | None:
+def changed_part(module: Any, processor: type) -> str | None:
     """What someone has hung into the model that its own forward would call, or None."""
     for part in module.modules():
         if part is not module and (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_diffusers_hook")):
             return f"a {type(part).__name__} of it has hooks"
-        if not isinstance(getattr(part, "processor", None), FluxAttnProcessor | None):
+        if type(getattr(part, "processor", None)) not in (processor, type(None)):
             return f"attention is computed by a {type(part.processor).__name__}"
     return None
 

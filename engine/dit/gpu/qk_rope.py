@@ -1,7 +1,8 @@
 """From the joined q, k, v linear to attention in one launch: RMS norm of every head, rotation, joint rows.
 
 The norm is float32, rounded to BF16 once, as torch's fused one; the rotation is diffusers' `apply_rotary_emb`: pairs of
-neighbours, float32, rounded once. A pair is a 32-bit word: low half first.
+neighbours, float32, rounded once. A pair is a 32-bit word: low half first. For FP8 attention (`fp8_attention.py`) what
+was rounded is written as codes, head by head; v has a kernel of its own, which turns its tiles.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -17,7 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ....quant.gpu.device import on_own_device
+from ....quant.gpu.quantize import fp8_codes
+from .. import fp8_attention
+from ..fp8_attention import TILE, AttentionCodes, norm_factor
 from .streams import Streams, find_row
+
+LEAST_SCALE = tl.constexpr(fp8_attention.LEAST_SCALE)
 
 
 @triton.jit
@@ -47,6 +53,7 @@ def _rounded(x):
 def _qk_rope_kernel(
     qkv_ptr,
     out_ptr,
+    scales_ptr,
     text_q_ptr,
     text_k_ptr,
     image_q_ptr,
@@ -59,11 +66,14 @@ def _qk_rope_kernel(
     num_heads,
     share,
     eps,
+    factor,
     PAIRS: tl.constexpr,
     HEADS: tl.constexpr,
     COLS: tl.constexpr,
+    CODES: tl.constexpr,
 ):
-    """A program a row and one of q, k, v; [HEADS, COLS] words. v is copied."""
+    """A program a row and one of q, k, v; [HEADS, COLS] words. v is copied. CODES: q and k only, to out as E4M3 and
+    scales."""
     row, part = tl.program_id(0), tl.program_id(1)
     head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, COLS)[None, :]
     inside = (head < num_heads) & (pair < PAIRS)
@@ -74,22 +84,74 @@ def _qk_rope_kernel(
     word = tl.load(qkv_ptr + row.to(tl.int64) * row_words + within, mask=inside, other=0)
     if part < 2:
         if part == 0:
-            if stream == 0:
-                weight = tl.load(text_q_ptr + pair, mask=pair < PAIRS, other=0)
-            else:
-                weight = tl.load(image_q_ptr + pair, mask=pair < PAIRS, other=0)
+            text_weight = tl.load(text_q_ptr + pair, mask=pair < PAIRS, other=0)
+            image_weight = tl.load(image_q_ptr + pair, mask=pair < PAIRS, other=0)
         else:
-            if stream == 0:
-                weight = tl.load(text_k_ptr + pair, mask=pair < PAIRS, other=0)
-            else:
-                weight = tl.load(image_k_ptr + pair, mask=pair < PAIRS, other=0)
+            text_weight = tl.load(text_k_ptr + pair, mask=pair < PAIRS, other=0)
+            image_weight = tl.load(image_k_ptr + pair, mask=pair < PAIRS, other=0)
+        weight = tl.where(stream == 0, text_weight, image_weight)
         cos = tl.load(cos_ptr + position * PAIRS + pair, mask=pair < PAIRS, other=0.0)
         sin = tl.load(sin_ptr + position * PAIRS + pair, mask=pair < PAIRS, other=0.0)
         low, high = _low(word), _high(word)
         inverse = tl.rsqrt(tl.sum(low * low + high * high, axis=1) * share + eps)[:, None]
         low, high = _rounded(low * inverse * _low(weight)), _rounded(high * inverse * _high(weight))
-        word = _word(low * cos - high * sin, high * cos + low * sin)
-    tl.store(out_ptr + joint.to(tl.int64) * row_words + within, word, mask=inside)
+        low, high = low * cos - high * sin, high * cos + low * sin
+        if CODES:
+            scale = _norm_scale(text_weight, image_weight, factor)
+            if row == 0:
+                tl.store(scales_ptr + part + tl.arange(0, 1), scale)
+            scale = scale + tl.zeros((HEADS,), tl.float32)
+            low = fp8_codes(_rounded(low), scale).to(tl.uint8, bitcast=True).to(tl.uint16)
+            high = fp8_codes(_rounded(high), scale).to(tl.uint8, bitcast=True).to(tl.uint16)
+            length = text + image
+            place = ((part * batch + sample) * num_heads + head).to(tl.int64) * length + position
+            tl.store(out_ptr + place * PAIRS + pair, (low | (high << 8)).to(tl.int16, bitcast=True), mask=inside)
+        else:
+            word = _word(low, high)
+    if not CODES:
+        tl.store(out_ptr + joint.to(tl.int64) * row_words + within, word, mask=inside)
+
+
+@triton.jit
+def _norm_scale(text_weight, image_weight, factor):
+    """Words [1, COLS] of the norm weights of both streams -> the decode scale [1]."""
+    low = tl.maximum(tl.abs(_low(text_weight)), tl.abs(_low(image_weight)))
+    high = tl.maximum(tl.abs(_high(text_weight)), tl.abs(_high(image_weight)))
+    scale = tl.max(tl.maximum(low, high), axis=1) * factor
+    return tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def _v_kernel(
+    v_ptr,
+    codes_ptr,
+    scales_ptr,
+    batch,
+    text,
+    image,
+    num_heads,
+    stride,
+    head_dim,
+    TILE: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """A program a tile of tokens and a head: codes [COLS, TILE], tokens within 16 in the order of `V_ORDER`."""
+    tile, sample, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    place, col = tl.arange(0, TILE), tl.arange(0, COLS)
+    within = place % 16
+    position = tile * TILE + place - within + within // 4 * 2 + within % 2 + within // 2 % 2 * 8
+    image_row = batch * text + sample * image + position - text
+    row = tl.where(position < text, sample * text + position, image_row).to(tl.int64)
+    inside = (position < text + image)[:, None] & (col < head_dim)[None, :]
+    v = tl.load(v_ptr + row[:, None] * stride + (head * head_dim + col)[None, :], mask=inside, other=0.0).to(tl.float32)
+    amax = tl.max(tl.max(tl.abs(v), axis=1), axis=0, keep_dims=True)
+    scale = tl.maximum(tl.div_rn(amax, 448.0 + amax * 0), LEAST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(scales_ptr + tl.program_id(1) * tl.num_programs(0) + tile + tl.arange(0, 1), scale)
+    codes = tl.trans(fp8_codes(v, scale + tl.zeros((TILE,), tl.float32)))
+    length = tl.num_programs(0) * TILE
+    first = (tl.program_id(1) * head_dim).to(tl.int64)
+    out = codes_ptr + (first + col)[:, None] * length + (tile * TILE + place)[None, :]
+    tl.store(out, codes, mask=(col < head_dim)[:, None])
 
 
 @on_own_device
@@ -101,17 +163,44 @@ def qk_norm_rope(
     `weights`: BF16 [head_dim], of q and k, or of text q, text k, image q, image k; cos, sin: float32
     [sequence, head_dim / 2]. One stream, whose rows are joint already, is changed in place.
     """
-    words = qkv.view(torch.int32)
-    in_place = streams.image == 0
-    out = qkv if in_place else torch.empty_like(qkv)
+    out = qkv if streams.image == 0 else torch.empty_like(qkv)
+    _launch(qkv, weights, cos, sin, streams, eps, out.view(torch.int32), None)
+    return out
+
+
+@on_own_device
+def qkv_codes(
+    qkv: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, streams: Streams, eps: float
+) -> AttentionCodes:
+    """What FP8 attention reads, of the same arguments."""
+    batch, tokens, head_dim = streams.batch, streams.text + streams.image, 2 * cos.shape[1]
+    num_heads, tiles = qkv.shape[1] // (3 * head_dim), triton.cdiv(tokens, TILE)
+    qk = qkv.new_empty(2, batch, num_heads, tokens, head_dim, dtype=torch.float8_e4m3fn)
+    qk_scales = qkv.new_empty(2, dtype=torch.float32)
+    v = qkv.new_empty(batch, num_heads, head_dim, tiles * TILE, dtype=torch.float8_e4m3fn)
+    v_scales = qkv.new_empty(batch, num_heads, tiles, dtype=torch.float32)
+    _launch(qkv, weights, cos, sin, streams, eps, qk.view(torch.int16), qk_scales)
+    _v_kernel[(tiles, batch * num_heads)](
+        qkv[:, 2 * num_heads * head_dim :], v, v_scales, batch, streams.text, streams.image, num_heads, qkv.shape[1],
+        head_dim, TILE=TILE, COLS=triton.next_power_of_2(head_dim), num_warps=16,
+    )  # fmt: skip
+    return AttentionCodes(qk[0], qk[1], v, qk_scales, v_scales)
+
+
+def _launch(
+    qkv: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, streams: Streams, eps: float, out: Tensor,
+    scales: Tensor | None,
+) -> None:  # fmt: skip
+    """`out`: words as q, k and v come, or pairs of codes, where `scales` are wanted."""
     norms = [weight.view(torch.int32) for weight in (*weights, *weights)[:4]]
     pairs = cos.shape[1]
+    words = qkv.view(torch.int32)
     num_heads = words.shape[1] // (3 * pairs)
     assert qkv.is_contiguous()
     assert all(part.is_contiguous() and len(part) == streams.text + streams.image for part in (cos, sin))
-    _qk_rope_kernel[(streams.num_rows, 2 if in_place else 3)](
-        words, out.view(torch.int32), *norms, cos, sin, streams.batch, streams.text, streams.image, num_heads,
-        1 / (2 * pairs), eps, PAIRS=pairs, HEADS=triton.next_power_of_2(num_heads),
-        COLS=triton.next_power_of_2(pairs), num_warps=4,
+    copies_v = scales is None and out.data_ptr() != qkv.data_ptr()
+    _qk_rope_kernel[(streams.num_rows, 3 if copies_v else 2)](
+        words, out, words if scales is None else scales, *norms, cos, sin, streams.batch, streams.text, streams.image,
+        num_heads, 1 / (2 * pairs), eps, norm_factor(2 * pairs), PAIRS=pairs, HEADS=triton.next_power_of_2(num_heads),
+        COLS=triton.next_power_of_2(pairs), CODES=scales is not None, num_warps=4,
     )  # fmt: skip
-    return out

@@ -22,7 +22,8 @@ from rollmill.engine.dit.gpu import gelu, modulate, qk_rope
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16, FP32, FP8, WORDS = "*bf16", "*fp32", "*fp8e4nv", "*i32"
-SIXTEENS = ("K", "width", "inner", "text", "image", "gate_stride", "stride")  # multiples of 16, as Triton finds them
+# multiples of 16, as Triton finds them
+SIXTEENS = ("K", "width", "inner", "text", "image", "gate_stride", "stride", "head_dim")
 ROWS = dict.fromkeys(("batch", "text", "image", "num_rows"), "i32")
 OUT = {"out_ptr": BF16, "codes_ptr": FP8, "token_ptr": FP32}
 MODULATE = {
@@ -36,11 +37,16 @@ GELU = {"attention_ptr": BF16, "mlp_ptr": BF16, **OUT, **ROWS, "width": "i32", "
 del GELU["num_rows"]
 TILES = {"LEFT": 4096, "FIRST": 8192, "SECOND": 4096, "ASSEMBLY": True}
 ROPE = {
-    **{f"{name}_ptr": WORDS for name in ("qkv", "out", "text_q", "text_k", "image_q", "image_k")},
+    **{f"{name}_ptr": WORDS for name in ("qkv", "out")},
+    "scales_ptr": FP32,
+    **{f"{name}_ptr": WORDS for name in ("text_q", "text_k", "image_q", "image_k")},
     **dict.fromkeys(("cos_ptr", "sin_ptr"), FP32),
     **dict.fromkeys(("batch", "text", "image", "num_heads"), "i32"),
-    **dict.fromkeys(("share", "eps"), "fp32"),
+    **dict.fromkeys(("share", "eps", "factor"), "fp32"),
 }
+HEADS = {"PAIRS": 64, "HEADS": 32, "COLS": 64}
+VALUES = {"v_ptr": BF16, "codes_ptr": FP8, "scales_ptr": FP32}
+VALUES |= dict.fromkeys(("batch", "text", "image", "num_heads", "stride", "head_dim"), "i32")
 QUANTIZE, KEEP = {"KEEP": False, "QUANTIZE": True}, {"KEEP": True, "QUANTIZE": False}
 
 NORM = {"ADD": True, "NORM": True, "BLOCK_K": 4096}
@@ -53,7 +59,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "add_norm_modulate bf16": (modulate._modulate_kernel, MODULATE, {**NORM, **KEEP}, 8),
         "join_gelu fp8": (gelu._gelu_kernel, GELU, {**QUANTIZE, **TILES}, 16),
         "join_gelu bf16": (gelu._gelu_kernel, GELU, {**KEEP, **TILES}, 16),
-        "qk_norm_rope": (qk_rope._qk_rope_kernel, ROPE, {"PAIRS": 64, "HEADS": 32, "COLS": 64}, 4),
+        "qk_norm_rope": (qk_rope._qk_rope_kernel, ROPE, {**HEADS, "CODES": False}, 4),
+        "qk_norm_rope fp8": (qk_rope._qk_rope_kernel, {**ROPE, "out_ptr": "*i16"}, {**HEADS, "CODES": True}, 4),
+        "v codes": (qk_rope._v_kernel, VALUES, {"TILE": 128, "COLS": 128}, 16),
     }
 
 

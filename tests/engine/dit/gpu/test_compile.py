@@ -13,16 +13,21 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-SCRIPT = Path(__file__).parent / "compile_kernels.py"
+SCRIPT, FLASH = (Path(__file__).parent / f"compile_{name}.py" for name in ("kernels", "flash"))
 ARCHITECTURES = (90, 100)
 SHARED = 227 * 1024  # bytes a program may have
-KERNELS = 5
+KERNELS = 7
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
+    return run(SCRIPT, *map(str, ARCHITECTURES))
+
+
+def run(script: Path, *arguments: str) -> Any:
+    """What it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *map(str, ARCHITECTURES)]
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -37,3 +42,15 @@ def test_every_kernel_compiles_without_spills(compiled: dict[str, dict[str, Any]
         assert needs["REG"] <= 128, name  # two programs of 512 threads, or more, on a multiprocessor
         assert needs["shared"] <= SHARED // 2, name
         assert needs["wide"] > 0, name  # loads of 16 bytes a thread
+
+
+def test_fp8_attention_keeps_its_products_in_flight():
+    """Two groups, each with a first tile of scores (4 products), a loop (4 of scores, 4 of values) and a last tile of
+    values (4). Products that the assembler runs one by one have a wait each."""
+    needs = run(FLASH)
+    assert needs["STACK"] == needs["LOCAL"] == needs["LDL"] == needs["STL"] == 0
+    assert needs["shared"] <= SHARED
+    assert needs["QGMMA.64x128x32"] == 2 * 16
+    assert needs["WARPGROUP.DEPBAR"] == 2 * 4
+    assert needs["MUFU"] < 64  # no exponential an element: 64 of a tile are a thread's
+    assert needs["USETMAXREG"] > 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -70,6 +70,7 @@ def make(config: dict[str, Any], weights: dict[str, torch.Tensor], quant: str, *
         dtype=torch.bfloat16,
         names=KernelNames(settings.linear_kernel),
         dual=settings.dual is not None,
+        fp8_attention=settings.attention == "fp8",
     )
     plan = SyncPlan(made.slots, twins=made.twins, components=("transformer",))
     made.policy = Policy(plan)  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,6 +111,27 @@ def test_fused_is_as_near_to_float32_as_layer_by_layer(quant, config, weights, i
     assert torch.equal(transformer.module(**inputs).sample.float(), fused)  # as diffusers returns it
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="its kernel is for heads of 128, this model's are 16")
+def test_fp8_attention_is_fused_as_the_processors_compute_it(config, weights, inputs, expected, bf16_heads):
+    transformer = make(config, weights, "fp8", attention="fp8", dual="bf16")
+    apart = run(transformer, inputs)
+    transformer.fuse(graphs=False)
+    fused = run(transformer, inputs)
+    assert transformer.unfused() is None
+    assert distance(fused, expected) < 1.25 * distance(apart, expected)
+    assert 0 < distance(fused, apart) < 1.25 * distance(apart, expected)
+    with transformer.switch.at("bf16"):
+        assert torch.equal(run(transformer, inputs), bf16_heads)
+
+
+@pytest.fixture
+def bf16_heads(config, weights, inputs):
+    """What the BF16 copy gives where attention is BF16 throughout."""
+    plain = make(config, weights, "bf16")
+    plain.fuse(graphs=False)
+    return run(plain, inputs)
+
+
 def test_a_swap_reaches_the_fused_forward(config, weights, inputs):
     transformer, other = make(config, weights, "fp8"), {name: value * 0.9 for name, value in weights.items()}
     transformer.fuse(graphs=DEVICE.type == "cuda")
@@ -143,6 +165,17 @@ def unfused(config, weights, inputs):
             return torch.equal(run(transformer, inputs, **more), expected)
 
     return check
+
+
+def test_a_processor_of_ones_own_goes_layer_by_layer(config, weights, unfused):
+    transformer = make(config, weights, "fp8")
+    transformer.module.set_attn_processor(OwnProcessor())
+    assert unfused(transformer)
+
+
+class OwnProcessor(FluxAttnProcessor):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
 
 
 def test_what_is_not_fused_goes_layer_by_layer(config, weights, inputs, unfused):
