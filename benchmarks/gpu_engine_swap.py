@@ -4,9 +4,10 @@
         [--generate 64] [--repeats 5] [--endure 100] [--profile nvfp4_staged]
 
 Weights are random; the sender's layers are views of one BF16 buffer on the GPU. `total`: from the first bucket to the
-end of `commit`. `pause`: the time for which the session keeps generation from stepping, and, with --generate N, the
-longest time between two steps of N sequences that a thread generates meanwhile. Limit: BF16 read and packed bytes
-written (staged: copied once more), at the rate of a copy.
+end of `commit`. `pause`: the time for which the session keeps generation from stepping. With --generate N the same
+swaps again while a thread generates N sequences: `generating_total`, and `generating_gap`, the longest time between
+two steps. --endure N: so many more swaps, of two versions in turn. Limit: BF16 read and packed bytes written (staged:
+copied once more), at the rate of a copy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import gc
 import pstats
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +29,10 @@ from gpu_quantize import copy_rate
 from layer_sender import LayerSender
 from random_model import QWEN3_30B_A3B, use_random_weights
 from record import Result, make_result, save
+from running_generation import Generation
 from torch import Tensor
 
-from rollmill.engine import Engine, EngineConfig, SamplingParams
+from rollmill.engine import Engine, EngineConfig
 from rollmill.weight_sync.digest import DigestQueue
 
 CASES = {  # quant, swap, tokens of keys and values, their dtype
@@ -60,44 +61,6 @@ class Gate:
             start = time.perf_counter()
             yield
             self.held.append(time.perf_counter() - start)
-
-
-class Generation:
-    """N sequences generated in a thread, whose steps' ends are kept."""
-
-    def __init__(self, engine: Any, sequences: int, prompt: int = 128, new: int = 4000) -> None:
-        self.engine, self.ends, self.outs = engine, list[float](), list[Any]()
-        step = engine.rollouts.step
-
-        def timed() -> None:
-            step()
-            self.ends.append(time.perf_counter())
-
-        engine.rollouts.step = timed
-        prompts = [[1000 + 7 * i + k for k in range(prompt)] for i in range(sequences)]
-        params = SamplingParams(temperature=1.0, max_new_tokens=new, ignore_eos=True, seed=5)
-        self.thread = threading.Thread(target=lambda: self.outs.extend(engine.generate(prompts, params)))
-
-    def start(self, steps: int = 20) -> None:
-        self.thread.start()
-        self.wait(steps)
-
-    def wait(self, steps: int) -> None:
-        """For some more steps."""
-        wanted, patience = len(self.ends) + steps, time.monotonic() + 90
-        while len(self.ends) < wanted and self.thread.is_alive() and time.monotonic() < patience:
-            time.sleep(0.01)
-
-    def stop(self) -> list[Any]:
-        self.engine.abort()
-        self.thread.join(60)
-        del self.engine.rollouts.step
-        return self.outs
-
-    def gaps(self, start: float, end: float) -> list[float]:
-        """Seconds between ends of steps, of those that touch this time."""
-        pairs = zip(self.ends, self.ends[1:], strict=False)
-        return [b - a for a, b in pairs if b >= start and a <= end]
 
 
 def swap(engine: Any, sender: LayerSender, version: str, *, churn: bool = False) -> tuple[float, Any]:
@@ -131,7 +94,7 @@ def memory() -> str:
 
 
 def measure(case: str, form: Any, engine: Any, arguments: argparse.Namespace, copy: float) -> list[Result]:
-    sender, gate, times, holds = LayerSender(arguments.config, form), Gate(engine), [], []
+    sender, gate, times, holds, known = LayerSender(arguments.config, form), Gate(engine), [], [], []
     for repeat in range(arguments.repeats + 1):
         sender.fill(repeat)
         seconds, report = swap(engine, sender, f"{form} {repeat}")
@@ -143,54 +106,63 @@ def measure(case: str, form: Any, engine: Any, arguments: argparse.Namespace, co
             engine._policy.settle()
             phases += f"; mirror {(time.perf_counter() - start) * 1e3:.0f}"
             print(f"  {case} {form} {report.digest[:8]}: {seconds * 1e3:.0f} ms; gate {held:.0f}; {phases}", flush=True)
+            known.append(bytes_of(engine))
     print(f"  {memory()}", flush=True)
-    gaps, quiet = pauses(engine, sender, form, arguments) if arguments.generate else ([], 0.0)
-    if case in arguments.profile:
-        profile(engine, sender, form)
     packed = sum(slot.num_bytes for slot in engine._policy.plan.slots)
     limit = (sender.num_bytes + packed * (3 if engine.config.swap == "staged" else 1)) / copy * 1e3
-    held = statistics.median(holds) * 1e3
-    note = f"{engine.config.swap}, {sender.num_tensors} tensors; gate held {held:.0f} ms; {memory()}"
-    if gaps:
-        note += (
-            f"; {arguments.generate} sequences waited {max(gaps) * 1e3:.0f}, a step of theirs takes {quiet * 1e3:.0f}"
-        )
+    note = f"{engine.config.swap}, {sender.num_tensors} tensors; {memory()}"
     quant, name = case.split("_")[0], f"swap_{case.split('_')[0] if case in MAIN else case}"
     name += "" if form == "stacked" else "_apart"
     peer, peer_name = PEERS.get(quant, (None, None))
-    total, pause = statistics.median(times) * 1e3, (max(gaps) if gaps else statistics.median(holds)) * 1e3
+    total, held = statistics.median(times) * 1e3, statistics.median(holds) * 1e3
     results = [
         make_result(f"{name}_total_ms", total, "ms", limit=limit, peer=peer, peer_name=peer_name, note=note),
-        make_result(f"{name}_pause_ms", pause, "ms", note=note),
+        make_result(f"{name}_pause_ms", held, "ms", note=note),
     ]
+    if arguments.generate:
+        results += under_load(name, engine, sender, known, limit, arguments)
     for result in results:
-        print(f"{result.name} {result.value:.0f} (limit {result.limit or 0:.0f}): {note}", flush=True)
+        print(f"{result.name} {result.value:.0f} (limit {result.limit or 0:.0f}): {result.note}", flush=True)
+    if case in arguments.profile:
+        profile(engine, sender, form)
     return results
 
 
-def pauses(engine: Any, sender: LayerSender, form: str, arguments: argparse.Namespace) -> tuple[list[float], float]:
-    """The longest gap of every swap, and the median one without a swap."""
-    generation, gaps = Generation(engine, arguments.generate), []
+def under_load(
+    name: str, engine: Any, sender: LayerSender, known: list[list[int]], limit: float, arguments: argparse.Namespace
+) -> list[Result]:
+    """The same swaps while sequences are generated: packed bytes must be those of the swaps alone."""
+    generation, times, gaps, counts = Generation(engine, arguments.generate), [], [], []
     try:
         generation.start()
-        quiet = statistics.median(generation.gaps(*generation.ends[-11:-1:9]))
-        for repeat in range(arguments.repeats):
+        quiet = generation.step_seconds()
+        for repeat, expected in enumerate(known):
+            sender.fill(repeat + 1)
+            generation.versions.append(f"{sender.form} under load {repeat}")
             start = time.perf_counter()
-            seconds, _ = swap(engine, sender, f"{form} under load {repeat}")
-            end = time.perf_counter()
+            seconds, _ = swap(engine, sender, generation.versions[-1])
             generation.wait(5)
-            found = generation.gaps(start, end)
+            found = generation.gaps(start, start + seconds)
+            times.append(seconds)
             gaps.append(max(found))
+            counts.append(len(found))
+            assert bytes_of(engine) == expected, "a swap under load gave other bytes"
             print(
-                f"  under load: {seconds * 1e3:.0f} ms in all, {len(found)} steps, longest {max(found) * 1e3:.0f}, "
+                f"  under load: {seconds * 1e3:.0f} ms in all, {len(found)} steps, longest gap {max(found) * 1e3:.0f}, "
                 f"median {statistics.median(found) * 1e3:.0f}, quiet {quiet * 1e3:.0f}",
                 flush=True,
             )
     finally:
-        outs = generation.stop()
-    spans, reasons = ({len(out.weight_versions) for out in outs}, {out.finish_reason for out in outs})
-    print(f"  {len(outs)} completions, versions of each {sorted(spans)}, ended by {sorted(reasons)}", flush=True)
-    return gaps, quiet
+        generation.stop()
+    note = (
+        f"{len(times)} swaps while {arguments.generate} sequences are generated, {statistics.median(counts):.0f} steps "
+        f"during a swap (median), a step takes {quiet * 1e3:.0f} ms without one; bytes as without a generation, no "
+        f"request lost, every version in every completion's spans, no graph captured again; {memory()}"
+    )
+    return [
+        make_result(f"{name}_generating_total_ms", statistics.median(times) * 1e3, "ms", limit=limit, note=note),
+        make_result(f"{name}_generating_gap_ms", max(gaps) * 1e3, "ms", note=f"the longest gap between steps; {note}"),
+    ]
 
 
 def profile(engine: Any, sender: LayerSender, form: str) -> None:
@@ -210,7 +182,7 @@ def profile(engine: Any, sender: LayerSender, form: str) -> None:
     print(table, flush=True)
 
 
-def endure(case: str, engine: Any, count: int, config: dict[str, Any]) -> None:
+def endure(case: str, engine: Any, count: int, config: dict[str, Any]) -> Result:
     """Two versions in turn, the buffer changing between buckets: bytes must be theirs each time, memory flat."""
     sender, known, used = LayerSender(config), {}, []
     for turn in range(count):
@@ -221,9 +193,10 @@ def endure(case: str, engine: Any, count: int, config: dict[str, Any]) -> None:
         assert found == expected, f"swap {turn} gave other bytes"
         used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert known[0] != known[1]
-    print(
-        f"{case}: {count} swaps, bytes equal; allocated, reserved: {used[2]} after 3, {used[-1]} at the end", flush=True
-    )
+    note = f"bytes equal each time; bytes allocated, reserved: {used[2]} after 3, {used[-1]} at the end"
+    name = case.split("_")[0] if case in MAIN else case
+    print(f"{case}: {count} swaps, {note}", flush=True)
+    return make_result(f"swap_{name}_endured_swaps", count, "swaps", note=note)
 
 
 def run(case: str, folder: Path, arguments: argparse.Namespace, copy: float) -> list[Result]:
@@ -242,7 +215,7 @@ def run(case: str, folder: Path, arguments: argparse.Namespace, copy: float) -> 
         )
         results = [r for form in arguments.form for r in measure(case, form, engine, arguments, copy)]
         if arguments.endure:
-            endure(case, engine, arguments.endure, arguments.config)
+            results.append(endure(case, engine, arguments.endure, arguments.config))
     return results
 
 

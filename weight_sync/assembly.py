@@ -85,7 +85,8 @@ class Assembly:
 
     def _check_later(self, arrival: Arrival, telling: Sequence[Tensor]) -> None:
         held = arrival.num_bytes if arrival.alone else 0
-        self.backlog.checks.add(telling, list(arrival.unchecked), held, arrival.release)
+        values = [(name, None if arrival.borrowed else value) for name, value in arrival.unchecked]
+        self.backlog.checks.add(telling, values, held, arrival.release)
 
     def _stored(self, arrival: Arrival) -> dict[str, Tensor]:
         """The stored form of some units in the slot's own scheme."""

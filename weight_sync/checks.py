@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -45,7 +46,16 @@ def check_scale(name: str, value: Tensor, *, zero: bool = False) -> None:
 
 def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """`is_finite` of each, in few calls and with one wait."""
-    finite, places, amax = [True] * len(tensors), list[int](), list[Tensor]()
+    finite = [True] * len(tensors)
+    places, amax = _largest(tensors)
+    for i, value in zip(places, amax.tolist(), strict=True):
+        finite[i] = math.isfinite(value)
+    return finite
+
+
+def _largest(tensors: Sequence[Tensor]) -> tuple[list[int], Tensor]:
+    """Which of these may be not finite, and of each of them a float32 that is infinite or NaN if it is not."""
+    places, amax = list[int](), list[Tensor]()
     for dtype in {t.dtype for t in tensors} - {torch.uint8}:
         at = [i for i, t in enumerate(tensors) if t.dtype == dtype and t.numel()]
         if not at:
@@ -56,9 +66,10 @@ def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
             found = torch._foreach_norm([tensors[i] for i in at], torch.inf)  # pyright: ignore[reportPrivateImportUsage]
         places += at
         amax.append(torch.stack(found).float())
-    for i, value in zip(places, torch.cat(amax).tolist() if amax else [], strict=True):
-        finite[i] = math.isfinite(value)
-    return finite
+    return places, torch.cat(amax) if amax else torch.empty(0)
+
+
+Suspect = tuple[str, Tensor | None]  # a name, and what came under it, unless that is the sender's again
 
 
 class FiniteChecks:
@@ -71,11 +82,12 @@ class FiniteChecks:
         self.limit = limit
         self._held = 0
         self._telling: list[Tensor] = []
-        self._values: list[Sequence[tuple[str, Tensor]]] = []
+        self._values: list[Sequence[Suspect]] = []
+        self._told: list[tuple[Tensor, list[Sequence[Suspect]]]] = []
         self._freed: list[Callable[[], None]] = []
 
     def add(
-        self, telling: Sequence[Tensor], values: Sequence[tuple[str, Tensor]], num_bytes: int, free: Callable[[], None]
+        self, telling: Sequence[Tensor], values: Sequence[Suspect], num_bytes: int, free: Callable[[], None]
     ) -> None:
         """All `values` are finite if every one of `telling` is; `free` is called once that is known."""
         self._telling += telling
@@ -85,13 +97,29 @@ class FiniteChecks:
         if self._held > self.limit:
             self.look()
 
+    def ask(self) -> None:
+        """Launch what will tell: from then on `telling` may be overwritten."""
+        places, amax = _largest(self._telling)
+        if places:
+            self._told.append((amax, [self._values[i] for i in places]))
+        self._telling, self._values = [], []
+
     def look(self) -> None:
-        """Raise `NonFiniteError` that names what is not finite, or let go of everything."""
-        telling, values, freed = self._telling, self._values, self._freed
-        self._telling, self._values, self._freed, self._held = [], [], [], 0
-        for suspects in (v for finite, v in zip(are_finite(telling), values, strict=True) if not finite):
-            for name, value in suspects:
-                check_finite(name, value)
-            raise NonFiniteError(f"one of these holds NaN or infinity: {', '.join(name for name, _ in suspects)}")
+        """Wait; raise `NonFiniteError` that names what is not finite, or let go of everything."""
+        self.ask()
+        told, freed = self._told, self._freed
+        self._told, self._freed, self._held = [], [], 0
+        values = [one for _, several in told for one in several]
+        amax = torch.cat([amax for amax, _ in told]).tolist() if told else []
+        for suspects in (one for one, value in zip(values, amax, strict=True) if not math.isfinite(value)):
+            raise_not_finite(suspects)
         for free in freed:
             free()
+
+
+def raise_not_finite(suspects: Sequence[Suspect]) -> NoReturn:
+    """`NonFiniteError` that names which of these it is, where that can still be seen."""
+    for name, value in suspects:
+        if value is not None:
+            check_finite(name, value)
+    raise NonFiniteError(f"NaN or infinity in {' or '.join(name for name, _ in suspects)}")

@@ -145,6 +145,13 @@ class Backlog:
                     call()
                 self.digests.run()
 
+    def give_back(self) -> None:
+        """What comes next in the caller's stream may overwrite what was lent."""
+        self.compute_now()
+        with self.side.beside():
+            self.checks.ask()
+        self.side.join()
+
     def look(self) -> None:
         """Wait for the GPU's word on all that has come; raise `NonFiniteError` if something is not finite."""
         self.compute_now()
@@ -160,7 +167,7 @@ class Backlog:
         self.left -= num_bytes
         return True
 
-    def give_back(self, num_bytes: int) -> None:
+    def free(self, num_bytes: int) -> None:
         self.left += num_bytes
 
     def run_length(self, num_units: int, unit_bytes: int) -> int:

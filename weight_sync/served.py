@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 class ServedWeights:
     """State that sessions change. `version` is None before the first load, while `poisoned` tells of a streamed
     swap or a commit that ended half-way, and from sleep to the next full swap; `open_version` is that of the one
-    session under way. Served bytes change inside `commit_gate()`: whoever decodes holds the same lock for a step.
-    `on_flip` are called inside it, after the version has flipped; one that raises poisons. `mirror`: of the packed
-    bytes, in host memory; `side`: where sessions compute on a GPU.
+    session under way. Served bytes change inside `commit_gate()`: whoever decodes holds the same lock for a step, and
+    lets a session in once the device is at none. `on_flip` are called inside it, after the version has flipped; one
+    that raises poisons. `mirror`: of the packed bytes, in host memory; `side`: where sessions compute on a GPU.
     """
 
     def __init__(self, plan: SyncPlan, master: Master | None = None, *, mirrored: bool = False) -> None:

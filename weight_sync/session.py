@@ -105,9 +105,8 @@ class WeightSession:
         """From here on the sender may use its memory again, in the order of its stream."""
         if self._backlog is not None:
             self._backlog.compute_now()
-            if self._borrows:  # read in another stream: once that is known to be over
-                self._backlog.look()
-                self.served.side.wait()
+            if self._borrows:  # read in another stream
+                self._backlog.give_back()
                 self._borrows = False
 
     def _take(self, name: str, value: Tensor) -> None:
@@ -120,7 +119,7 @@ class WeightSession:
         if target.tensor == "input_scale":
             takers = takers[:1]  # a twin does not quantize activations
         if is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
-            self._borrows |= value.is_cuda
+            self._borrows |= takers[0].checks_later
             for taker in takers:
                 taker.receive_stack(name, value, target.layout)
             return
@@ -160,13 +159,14 @@ class WeightSession:
             with naming_memory_errors(lambda: self._ledger.last, self.served, self.mode), self.served.side.beside():
                 for staging in self._staging.values():
                     staging.assembly.seal()
-            unchanged = self._check_version(self.new_digest())
+            digest = self.new_digest()
+            unchanged = self._check_version(digest)
             if not unchanged:
                 self._flip()
         except BaseException:
             self.abort()
             raise
-        self.report = self._make_report("unchanged" if unchanged else "committed")
+        self.report = self._make_report("unchanged" if unchanged else "committed", digest)
         self._close()
         return self.report
 
@@ -201,11 +201,11 @@ class WeightSession:
                 for slot, staging in self._staging.items():
                     grown = staging.assembly
                     slot.commit(grown.packed, grown.scales, grown.digests)
+                reset_clipping(slots)
             self.served.side.wait()
             self._flipping = True
             self._update_master()
             self.served.flip(self.version)
-        reset_clipping(slots)
         assert self._paused_since is not None
         self.clock.seconds["pause"] = time.perf_counter() - self._paused_since
         self._paused_since = None
@@ -234,7 +234,6 @@ class WeightSession:
         self._check_open()  # the engine may have been closed meanwhile
         self._paused_since = time.perf_counter()
         self.served.poisoned = why
-        self.served.side.after_steps()
 
     def check_ledger(self) -> None:
         """Nothing more is to come: raise unless all of it is complete, known, single, and finite."""
@@ -268,7 +267,7 @@ class WeightSession:
             read_digests(list(grown.values()))
         return {slot: grown[slot].digests if slot in grown else slot.digests for slot in self.served.plan.slots}
 
-    def _make_report(self, status: Literal["committed", "unchanged"]) -> UpdateReport:
+    def _make_report(self, status: Literal["committed", "unchanged"], digest: str) -> UpdateReport:
         return UpdateReport(
             version=self.version,
             status=status,
@@ -277,7 +276,7 @@ class WeightSession:
             layers=len(self._staging),
             coverage=len(self._staging) / max(1, len(self.served.plan.slots)),
             seconds=self.clock.seconds,
-            digest=self.served.digest(),
+            digest=digest,
             warnings=tuple(self._warnings()),
             clipping=self._clipping,
         )

@@ -12,9 +12,9 @@ from torch import Tensor
 class SideStream:
     """One CUDA stream for all sessions of a policy, so that memory which one frees is the next one's; a CPU has none.
 
-    What is launched `beside` runs after what the caller's stream holds so far, and nothing of the caller's waits for
-    it. Who hands over or takes back memory says so: `lend` for tensors of another stream, `wait` before others read or
-    overwrite what was computed here.
+    What is launched `beside` runs after what the caller's stream holds so far, which goes on meanwhile unless it is
+    told to `join`. Who hands over or takes back memory says so: `lend` for tensors of another stream, `wait` before
+    others read or overwrite what was computed here.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,10 +36,10 @@ class SideStream:
                 if tensor.is_cuda:
                     tensor.record_stream(self.stream)
 
-    def after_steps(self) -> None:
-        """What comes next runs after what the device's default stream, where decoding steps run, holds so far."""
+    def join(self) -> None:
+        """What the caller's stream does next comes after what was launched here."""
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.default_stream(self.stream.device))
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def wait(self) -> None:
         """Until everything launched here has run."""

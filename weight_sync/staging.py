@@ -80,7 +80,7 @@ class SlotStaging:
 
     def receive_stack(self, name: str, stack: Tensor, layout: JoinedLayout) -> None:
         """Take all units of a float weight at once; without a copy in between if it has the dtype, the order and the
-        device that the slot quantizes from: then a GPU may read it until `backlog.look()` and `backlog.side.wait()`."""
+        device that the slot quantizes from: then a GPU may read it until `backlog.give_back()`."""
         units, device, dtype = self.slot.shape.num_units, self.device, self._unquantized.dtype
         self._came_whole = True
         step = self._run_length
@@ -176,9 +176,10 @@ class SlotStaging:
         return pending
 
     def _new_run(self, unit: int, form: Form) -> Run:
-        length, unit_bytes = self._run_length, self._bytes_of(self._scheme_of(form))
+        length = self._run_length
         if form != "bf16" and isinstance(self.slot.scheme, Plain):
             length = 1  # it is widened to float32 on its way
+        unit_bytes = self._bytes_of(self._scheme_of(form)) if length > 1 else 0
         while length > 1:
             first = unit // length * length
             count = min(length, self.slot.shape.num_units - first)
@@ -208,7 +209,8 @@ class SlotStaging:
 
     def _finish(self, run: Run) -> None:
         """Hand a run's complete units on; incomplete ones go on alone."""
-        self.backlog.copy_now()
+        if not self.checks_later:  # else many copies wait for each other, until the backlog computes
+            self.backlog.copy_now()
         run.views.clear()
         parts = list(run.parts())
         self.backlog.side.lend(run.matrices.values())
@@ -223,11 +225,11 @@ class SlotStaging:
             for unit in part:
                 del self.pending[unit], self.runs[unit]
             if part is parts[-1]:
-                arrival.release = partial(self.backlog.give_back, run.num_bytes)
+                arrival.release = partial(self.backlog.free, run.num_bytes)
             self.handed_on.update(part)
             self._hand_on(arrival)
         if not parts:
-            self.backlog.give_back(run.num_bytes)
+            self.backlog.free(run.num_bytes)
 
     def _hand_on(self, arrival: Arrival) -> None:
         """To the assembly: on a CPU now, so that memory is free again; on a GPU with others."""

@@ -176,13 +176,15 @@ class LanguageEngine(Engine):
         """(token ids, logits) prompt by prompt: logits over a vocabulary are too big to hold for a batch."""
         config = self._decoder_config
         for ids in encode_prompts(prompts, self.tokenizer, config.vocab_size, config.max_position + 1):
-            with self._opened().gate.visit(), torch.no_grad():
+            rollouts = self._opened()
+            with rollouts.computing(), torch.no_grad():
                 self._check_open()  # it may have been closed, or put to sleep, since the prompt before
                 self._policy.check_servable()
                 model = self.model
                 at = torch.arange(len(ids), device=model.device)
                 hidden = model.hidden(at.new_tensor(ids), at, WholeSequences([len(ids)]))
                 logits = model.logits(hidden).float()
+            rollouts.steps.stream.hand_over(logits)
             yield ids, logits
 
     # pausing

@@ -106,10 +106,19 @@ class Rollouts:
 
     @contextmanager
     def visit(self) -> Iterator[None]:
-        """Between two steps, when all tokens that were drawn have been taken in."""
+        """Between two steps, when all tokens that were drawn have been taken in and the device is at no step."""
         with self.gate.visit():
-            self.steps.settle()
+            self.steps.finish()
             yield
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """For what reads the weights between two steps, in their stream; until the device has done it."""
+        with self.gate.visit(), self.steps.stream.entered():
+            try:
+                yield
+            finally:
+                self.steps.stream.wait()
 
     def _drive(self, needless: Callable[[], bool]) -> None:
         """One step, or a short wait while the engine is paused or asleep; nothing once it is `needless`."""
@@ -200,6 +209,7 @@ class Rollouts:
     def allocate_cache(self) -> None:
         with self.gate.visit():
             self.cache.allocate()
+            self.steps.stream.follow()  # it clears pages
 
     def info(self) -> dict[str, int | bool]:
         """Figures of the moment, for people."""

@@ -19,6 +19,7 @@ from .paged_attention import Span
 from .request import Request
 from .sampler import Draw, Draws, EachDraws, sample, score
 from .scheduler import Chunk, Scheduler
+from .step_stream import StepStream
 from .transfers import upload
 
 LOGIT_ROWS = 256  # rows of logits over the vocabulary at a time, for prompt log-probs
@@ -47,6 +48,7 @@ class Steps:
     ) -> None:
         self.model, self.policy, self.forward, self.scheduler = model, policy, forward, scheduler
         self.looks_ahead, self.batch_invariant = looks_ahead, batch_invariant
+        self.stream = StepStream(model.device)
         self._launched: deque[Launched] = deque()  # steps whose tokens are not taken in yet
 
     def step(self) -> None:
@@ -56,7 +58,7 @@ class Steps:
         waits for the host: what that step needs of them it finds on the device. A request that they end has then been
         computed one token too far, which nobody sees.
         """
-        with self._all_or_forgotten():
+        with self._all_or_forgotten(), self.stream.entered():
             if not self._may_look_ahead():
                 self.settle()
             launched = self._launch()
@@ -85,13 +87,18 @@ class Steps:
 
     def settle(self, leave: int = 0) -> None:
         """Take in the tokens of launched steps, the oldest first, until no more than `leave` are under way."""
-        with self._all_or_forgotten():
+        with self._all_or_forgotten(), self.stream.entered():
             while len(self._launched) > leave:
                 step = self._launched.popleft()
                 for request, draw in zip(step.requests, step.draws.read(), strict=True):
                     request.in_flight -= 1
                     if not request.finished:  # by the token before
                         self._accept(request, draw, step.version)
+
+    def finish(self) -> None:
+        """Take in all tokens, and wait until the device is at no step: then nobody reads weights or cache."""
+        self.settle()
+        self.stream.wait()
 
     @contextmanager
     def _all_or_forgotten(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
-from .early import await_inputs, early
+from .early import await_inputs, early, fetch
 from .slices import sum_in_order
 
 
@@ -36,11 +36,12 @@ CUT = 256  # slices are multiples of it, whatever the depth of a step
 # Tokens, at the most -> tile. Measured on an H100: benchmarks/NOTES.md.
 TILES = (
     (8, Tile(16, 8, 256, 4)),
-    (16, Tile(16, 16, 128, 4)),
+    (16, Tile(16, 16, 256, 3)),
     (32, Tile(16, 32, 128, 3)),
     (64, Tile(32, 32, 128, 4)),
 )
-MANY_ROWS = 4096  # above, a library has programs enough to be as fast at 64 tokens
+FETCHED = 8  # tokens, at the most, for which it pays to fetch the first step's codes before the wait
+MANY_ROWS, MANY_COLS = 4096, 8192  # above, `fp8_middle` is faster from 17 tokens on
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -63,12 +64,24 @@ def few_tokens_kernel(
     RAGGED: tl.constexpr,
     EACH: tl.constexpr,
     BIAS: tl.constexpr,
+    FETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Codes x [M, K], w [N, K] -> BF16 [M, N]; a slice is `steps` times DEPTH columns. EACH: a scale a token."""
-    await_inputs(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    if EARLY and FETCH:
+        line = tl.arange(0, SLICES)[:, None] * (steps * DEPTH) + tl.arange(0, DEPTH // 128)[None, :] * 128
+        source = tl.where(row < N, row, 0).to(tl.int64)[:, None, None] * K
+        fetch(w_ptr + source + tl.minimum(line, K - 1)[None, :, :])
+    await_inputs(EARLY)
+    row_scale = tl.load(row_scale_ptr + row, mask=row < N, other=0.0)  # now: memory is slow to answer
+    if EACH:
+        token_scale = tl.load(token_scale_ptr + token, mask=token < M, other=0.0)[None, :]
+    else:
+        token_scale = tl.load(token_scale_ptr)
+    if BIAS:
+        bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
     start = tl.arange(0, SLICES)[:, None] * (steps * DEPTH) + tl.arange(0, DEPTH)[None, :]
     inside = (token < M)[None, None, :]  # others read nothing: one line that all programs ask for is slow to come
     w_ptr += tl.where(row < N, row, 0).to(tl.int64)[None, :, None] * K + start[:, None, :]
@@ -83,43 +96,20 @@ def few_tokens_kernel(
         else:
             w, x = tl.load(w_ptr + at), tl.load(x_ptr + at, mask=inside, other=0.0)
         total = tl.dot(w, x, total)
-    total, row, token = sum_in_order(total), row[:, None], token[None, :]
-    _store(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, EACH, BIAS)
-
-
-@triton.jit
-def _store(
-    total,
-    row_scale_ptr,
-    token_scale_ptr,
-    bias_ptr,
-    out_ptr,
-    row,
-    token,
-    M,
-    N,
-    EACH: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """Row and token scales and the bias in float32, then one rounding; `row` and `token` span the tile."""
-    total = total * tl.load(row_scale_ptr + row, mask=row < N, other=0.0)
-    if EACH:
-        total = total * tl.load(token_scale_ptr + token, mask=token < M, other=0.0)
-    else:
-        total = total * tl.load(token_scale_ptr)
+    total, row, token = sum_in_order(total) * row_scale[:, None] * token_scale, row[:, None], token[None, :]
     if BIAS:
-        total += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+        total += bias[:, None]
     tl.store(out_ptr + token.to(tl.int64) * N + row, total.to(tl.bfloat16), mask=(row < N) & (token < M))
 
 
 def most_tokens(num_rows: int, cols: int) -> int:
-    """Up to how many tokens `few_tokens` is faster than `torch._scaled_mm`, for a weight [num_rows, cols].
+    """Up to how many tokens `few_tokens` is the fastest, for a weight [num_rows, cols].
 
     None where some slice would be empty: there is little to gain on so few columns.
     """
     if cols <= (SLICES - 1) * CUT:
         return 0
-    return 64 if num_rows <= MANY_ROWS else 32
+    return 32 if num_rows <= MANY_ROWS and cols <= MANY_COLS else 16
 
 
 @on_own_device
@@ -148,6 +138,6 @@ def few_tokens(
             M, num_rows, K, part // tile.depth,
             SLICES=SLICES, ROWS=tile.rows, TOKENS=tile.tokens, DEPTH=tile.depth, STAGES=tile.stages,
             RAGGED=SLICES * part != K, EACH=scale.numel() == M and M > 1, BIAS=bias is not None,
-            num_warps=SLICES, **early(codes),
+            FETCH=tile.tokens <= FETCHED, num_warps=SLICES, **early(codes),
         )  # fmt: skip
     return out

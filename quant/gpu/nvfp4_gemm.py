@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_own_device
+from .early import await_inputs, early, fetch
 from .nvfp4_middle import middle_tokens
-from .nvfp4_store import store_scaled
+from .nvfp4_store import load_scales, store_scaled
 from .nvfp4_widen import DEPTH, HALF, SCALES, first_half, real_order, second_half
 from .nvfp4_words import in_word_order
 from .slices import sum_in_order
@@ -94,16 +95,28 @@ def _few_tokens(
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """x BF16 [M, K], w packed [steps, N, 64] -> columns first_row to end_row of BF16 [M, N]; a slice a warp."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    rows, tokens = row[:, None], token[None, :]
     source, order = tl.where(row < end_row, row, first_row), real_order()
     part = steps // SLICES
     start = tl.arange(0, SLICES)[:, None, None] * part
-    w_ptr += start.to(tl.int64) * (N * HALF) + source[None, :, None] * HALF + tl.arange(0, HALF)[None, None, :]
-    scale_ptr += start.to(tl.int64) * (2 * SCALES * N) + source[None, :, None] * SCALES
-    scale_ptr += tl.arange(0, SCALES)[None, None, :]
+    w_ptr += start.to(tl.int64) * (N * HALF) + source[None, :, None] * HALF
+    scale_ptr += start.to(tl.int64) * (2 * SCALES * N)
+    if EARLY:  # the first step of each slice
+        fetch(w_ptr)
+        fetch(
+            scale_ptr + tl.arange(0, 2)[None, :, None] * (SCALES * N) + (first_row + tl.program_id(0) * ROWS) * SCALES
+        )
+    await_inputs(EARLY)
+    row_scale, token_scale, bias = load_scales(
+        row_scale_ptr, token_scale_ptr, bias_ptr, rows, tokens, M, end_row, SCALED, BIAS
+    )
+    w_ptr += tl.arange(0, HALF)[None, None, :]
+    scale_ptr += source[None, :, None] * SCALES + tl.arange(0, SCALES)[None, None, :]
     x_ptr += token.to(tl.int64)[None, None, :] * K + start * DEPTH + order[None, :, None]
     inside = (token < M)[None, None, :]
     left = K - start * DEPTH - order[None, :, None]  # of x, where K is no multiple of a step
@@ -121,8 +134,8 @@ def _few_tokens(
         scale_ptr += 2 * SCALES * N
         total = tl.dot(first_half(w, scales0, ASSEMBLY), x0, total)
         total = tl.dot(second_half(w, scales1, ASSEMBLY), x1, total)
-    total, row, token = sum_in_order(total), row[:, None], token[None, :]
-    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+    total = sum_in_order(total)
+    store_scaled(total, row_scale, token_scale, bias, out_ptr, rows, tokens, M, N, end_row, SCALED, BIAS)
 
 
 @triton.jit
@@ -174,6 +187,10 @@ def _many_tokens(
     place = inner // group * ROWS + tl.arange(0, ROWS)
     token = (first + inner % group) * TOKENS + tl.arange(0, TOKENS)
     row, k = first_row + place, tl.arange(0, DEPTH)
+    rows, tokens = row[None, :], token[:, None]
+    row_scale, token_scale, bias = load_scales(
+        row_scale_ptr, token_scale_ptr, bias_ptr, rows, tokens, M, end_row, SCALED, BIAS
+    )
     source, x_row = tl.where(row < end_row, place, 0), tl.where(token < M, token, 0)
     w_ptr += source.to(tl.int64)[:, None] * K + k[None, :]
     x_ptr += x_row.to(tl.int64)[:, None] * K + k[None, :]
@@ -185,8 +202,14 @@ def _many_tokens(
         else:
             x, w = tl.load(x_ptr + step), tl.load(w_ptr + step)
         total = tl.dot(x, tl.trans(w), total)
-    row, token = row[None, :], token[:, None]
-    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+    store_scaled(total, row_scale, token_scale, bias, out_ptr, rows, tokens, M, N, end_row, SCALED, BIAS)
+
+
+def few_tile(num_rows: int, M: int) -> Tile:
+    """Two to four programs of few tokens share a multiprocessor best if they load fewer steps ahead."""
+    tile = _tile(FEW_TILES, M)
+    shared = MULTIPROCESSORS < -(-num_rows // tile.rows) <= 4 * MULTIPROCESSORS
+    return tile._replace(stages=3) if shared and tile.stages > 3 else tile
 
 
 def num_slices(steps: int) -> int:
@@ -223,11 +246,11 @@ def _launch_few(
     x: Tensor, packed: Mapping[str, Tensor], scales: Scales, out: Tensor, rows: slice, options: dict[str, int]
 ) -> None:
     (M, K), (steps, N, _) = x.shape, packed["weight"].shape
-    tile, slices = _tile(FEW_TILES, M), num_slices(steps)
+    tile, slices = few_tile(rows.stop - rows.start, M), num_slices(steps)
     _few_tokens[_grid(rows, M, tile)](
         x, packed["weight"], packed["block_scale"], *scales, out, M, N, K, rows.start, rows.stop, steps,
         ROWS=tile.rows, TOKENS=tile.tokens, STAGES=tile.stages, SLICES=slices, RAGGED=K % DEPTH.value != 0,
-        ASSEMBLY=x.is_cuda, num_warps=slices, **options,
+        ASSEMBLY=x.is_cuda, num_warps=slices, **options, **early(x),
     )  # fmt: skip
 
 

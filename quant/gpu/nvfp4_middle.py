@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .nvfp4_store import store_scaled
+from .nvfp4_store import load_scales, store_scaled
 from .nvfp4_widen import DEPTH, HALF, SCALES
 from .nvfp4_words import WORDS, word_step
 
@@ -42,6 +42,10 @@ def middle_tokens(
     """x BF16 [M, 128 steps] in word order, w int32 [steps, N, 16] -> columns first_row to end_row of BF16 [M, N]."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    rows, tokens = row[:, None], token[None, :]
+    row_scale, token_scale, bias = load_scales(
+        row_scale_ptr, token_scale_ptr, bias_ptr, rows, tokens, M, end_row, SCALED, BIAS
+    )
     source, x_row = tl.where(row < end_row, row, first_row), tl.where(token < M, token, 0)
     w_ptr += source[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scale_ptr += source[:, None] + tl.arange(0, SCALES)[None, :] * 0  # a word of four scales, for each of them
@@ -64,5 +68,4 @@ def middle_tokens(
                 total += piece
                 piece = tl.zeros((ROWS, TOKENS), tl.float32)
                 left = part
-    row, token = row[:, None], token[None, :]
-    store_scaled(total, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, row, token, M, N, end_row, SCALED, BIAS)
+    store_scaled(total, row_scale, token_scale, bias, out_ptr, rows, tokens, M, N, end_row, SCALED, BIAS)

@@ -1,4 +1,4 @@
-"""`triton_fp8`: FP8 x FP8 on Hopper, by a kernel of our own for few tokens and by `torch._scaled_mm` for more."""
+"""`triton_fp8`: FP8 x FP8 on Hopper, by kernels of our own for few and for more tokens, else by `torch._scaled_mm`."""
 
 from __future__ import annotations
 
@@ -44,8 +44,11 @@ class TritonFP8Kernel(TorchFP8Kernel):
         fast: bool = False,
     ) -> Tensor:
         from ..gpu.fp8_gemm import few_tokens, most_tokens
+        from ..gpu.fp8_middle import middle_tile, middle_tokens
 
-        if len(rows) > most_tokens(*self.padded):
-            return super().multiply(rows, packed, bias, out, fast=fast)
-        row_scale, num_rows = packed["row_scale"][0], self.shape.num_rows
-        return few_tokens(rows.codes, rows.scale, packed["weight"], row_scale, num_rows, bias, out)
+        operands = rows.codes, rows.scale, packed["weight"], packed["row_scale"][0], self.shape.num_rows
+        if len(rows) <= most_tokens(*self.padded):
+            return few_tokens(*operands, bias, out)
+        if (tile := middle_tile(*self.padded, len(rows))) is not None:
+            return middle_tokens(*operands, tile, bias, out)
+        return super().multiply(rows, packed, bias, out, fast=fast)

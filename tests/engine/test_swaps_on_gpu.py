@@ -27,7 +27,7 @@ TINY = Qwen3MoeConfig(
 )
 PROMPTS = [list(range(start, start + 5 + start % 11)) for start in range(0, 160, 10)]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
-LONG = SamplingParams(temperature=1.0, max_new_tokens=800, ignore_eos=True, seed=3)
+LONG = SamplingParams(temperature=1.0, max_new_tokens=1600, ignore_eos=True, seed=3)
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +190,69 @@ def test_sleep_lends_the_memory_and_loses_no_scale(mode, open_engine):
     engine.wake()
     engine.update_weights(sender, version="1")
     assert observe(engine) == before
+
+
+CYCLES = 6_000_000_000  # some three seconds
+
+
+def busy(stream):
+    """Keep a stream busy; the event at its end."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(CYCLES)
+        return stream.record_event()
+
+
+def test_steps_wait_for_nothing_that_the_caller_has_queued(open_engine):
+    """A trainer in the same process works in the default stream."""
+    engine = open_engine()
+    before = observe(engine)
+    end = busy(torch.cuda.default_stream())
+    assert observe(engine) == before
+    assert not end.query()
+    end.synchronize()
+
+
+def test_a_swap_beside_steps_waits_for_none_of_them(open_engine):
+    engine, sender = open_engine(), Sender(1)
+    observe(engine)
+    engine.update_weights(Sender(2), version="0")  # takes memory, which may wait for all streams
+    end = busy(engine.rollouts.steps.stream.stream)
+    with engine.weight_session(version="1") as session:
+        session.receive(sender)
+        session.served.side.wait()
+        assert not end.query()
+    assert end.query(), "the commit did not wait for the steps"
+    assert engine.weight_version == "1"
+
+
+def test_a_swap_beside_the_capture_of_a_step(open_engine, monkeypatch):
+    """It takes memory, of the GPU and pinned."""
+    from rollmill.engine.llm.gpu.decode_graphs import DecodeGraph
+
+    engine, weights, errors = open_engine(), {n: w.detach() for n, w in make_model(1).named_parameters()}, []
+    session, forward = engine.weight_session(version="1"), DecodeGraph._forward
+
+    def load():
+        try:
+            session.load({name: weight.cuda() for name, weight in weights.items()})
+        except Exception as error:
+            errors.append(error)
+
+    def beside(self):
+        if torch.cuda.is_current_stream_capturing() and session.report is None and not captured:
+            captured.append(self)
+            thread = threading.Thread(target=load)
+            thread.start()
+            thread.join(60)
+        return forward(self)
+
+    captured = []
+    monkeypatch.setattr(DecodeGraph, "_forward", beside)
+    before = observe(engine)
+    assert (len(captured), errors) == (1, [])
+    session.commit()
+    after = observe(engine)
+    assert after != before
+    cold = open_engine(1)
+    assert engine.digest() == cold.digest()
+    assert after == observe(cold)

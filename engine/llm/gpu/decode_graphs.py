@@ -88,7 +88,8 @@ class DecodeGraph:
             for _ in range(2):  # compiles what compiles on first use
                 self._forward()
         torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=pool):
+        # a swap in another thread takes memory meanwhile, which the default mode forbids to all threads
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.hidden = self._forward()
 
     def _forward(self) -> Tensor:

@@ -25,6 +25,7 @@ from rollmill.quant.gpu import (
     bf16_gemm,
     convert,
     fp8_gemm,
+    fp8_middle,
     nvfp4_gemm,
     nvfp4_middle,
     nvfp4_native,
@@ -100,8 +101,9 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     decode = {k: MATMUL[k] for k in ("w_ptr", "scale_ptr", "out_ptr", "N", "K", "first_row", "end_row")}
     pack_inputs = {"codes_ptr": "*u8", "scales_ptr": "*u8", "weight_ptr": "*i16", "block_scale_ptr": "*u8"}
     pack_inputs |= {"all_rows": "i32:16", "num_rows": "i32:16", "K": "i32:16", "steps": "i32"}
+    few_options = FEW | EPILOGUE | {"EARLY": True}
     few = {
-        f"nvfp4_few_{tile.tokens}": (nvfp4_gemm._few_tokens, MATMUL, FEW | EPILOGUE | tile_of(tile), 4)
+        f"nvfp4_few_{tile.tokens}": (nvfp4_gemm._few_tokens, MATMUL, few_options | tile_of(tile), 4)
         for _, tile in nvfp4_gemm.FEW_TILES
     }
     words = {k: "*i32" if k in ("w_ptr", "scale_ptr") else v for k, v in MATMUL.items() if k != "K"}
@@ -143,6 +145,7 @@ def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     codes = {"x_ptr": "*fp8e4nv", "token_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
     rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "M": "i32", "N": "i32:16", "K": "i32:16", "steps": "i32"}
     options = {"SLICES": fp8_gemm.SLICES, "RAGGED": False, "EACH": True, "BIAS": True, "EARLY": True}
+    options |= {"FETCH": True}
     return {
         f"fp8_few_{most}": (
             fp8_gemm.few_tokens_kernel,
@@ -152,6 +155,21 @@ def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
         )
         for most, tile in fp8_gemm.TILES
     }
+
+
+def fp8_middle_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Every tile of the dense FP8 product of more tokens."""
+    rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "part_ptr": "*fp32", "count_ptr": "*i32"}
+    rest |= {"M": "i32", "N": "i32:16", "steps": "i32"}
+    found = {}
+    for tile in fp8_middle.MIDDLE_TILES:
+        x, w = (f"tensordesc<fp8e4nv[{size}, {tile.depth}]>" for size in (tile.tokens, tile.rows))
+        scales = {"x": x, "token_scale_ptr": "*fp32", "w": w, "row_scale_ptr": "*fp32"}
+        sizes = {"ROWS": tile.rows, "TOKENS": tile.tokens, "DEPTH": tile.depth, "STAGES": tile.stages}
+        options = {"PARTS": tile.parts, "EACH": True, "BIAS": True, "EARLY": True}
+        name = "fp8_middle_" + "_".join(map(str, tile))
+        found[name] = (fp8_middle.middle_tokens_kernel, scales | rest, sizes | options, tile.warps)
+    return found
 
 
 def bf16_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
@@ -233,7 +251,7 @@ def compile_one(
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
-    for found in (dense_kernels(), fp8_few_kernels(), bf16_kernels(), expert_kernels()):
+    for found in (dense_kernels(), fp8_few_kernels(), fp8_middle_kernels(), bf16_kernels(), expert_kernels()):
         asked += [(name, parts, 90) for name, parts in found.items()]
     asked += [(name, parts, 100) for name, parts in expert_kernels().items() if "_bf16_" in name]
     asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]

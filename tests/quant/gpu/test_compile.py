@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from rollmill.quant.gpu import bf16_gemm, fp8_gemm  # noqa: E402 (where Triton is installed)
+from rollmill.quant.gpu import bf16_gemm, fp8_gemm, fp8_middle  # noqa: E402 (where Triton is installed)
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 ARCHITECTURES = (90, 100, 103, 120)
@@ -67,6 +67,15 @@ def test_fp8_products_of_few_tokens_compile_for_hopper_without_spills(compiled: 
         assert needs["STACK"] == needs["LOCAL"] == 0
         assert needs["shared"] <= SHARED[90]
         assert needs["instructions"] == ["mma.sync"]
+
+
+def test_fp8_products_of_more_tokens_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]]):
+    found = {name: needs for name, needs in compiled.items() if name.startswith("fp8_middle")}
+    assert len(found) == len(fp8_middle.MIDDLE_TILES)
+    for name, needs in found.items():
+        assert needs["STACK"] == needs["LOCAL"] == 0, name
+        assert needs["shared"] <= SHARED[90], name
+        assert needs["instructions"] == ["wgmma"], name
 
 
 @pytest.mark.parametrize(("kind", "instruction"), [("few", "mma.sync"), ("many", "wgmma")])

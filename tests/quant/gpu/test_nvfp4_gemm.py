@@ -219,6 +219,14 @@ def test_middle_tiles_are_as_many_as_keep_the_gpu_busy(rows: int, tokens: int, t
     assert (found and (found.rows, found.tokens)) == tile
 
 
+@pytest.mark.parametrize(
+    ("rows", "tokens", "stages"),
+    [(4096, 1, 4), (5120, 1, 3), (12288, 8, 3), (28672, 1, 4), (4096, 16, 3), (2048, 40, 2)],
+)
+def test_programs_that_share_a_multiprocessor_load_less_ahead(rows: int, tokens: int, stages: int):
+    assert nvfp4_gemm.few_tile(rows, tokens).stages == stages
+
+
 GPU_SHAPES = [((4096, 512, 512), 2048), ((3072,), 3072), ((4090, 7), 4112)]
 
 

@@ -23,14 +23,8 @@ from rollmill.moe.gpu import blocks, router, routing
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16, FP32, F64, FP8, I32, I64, U8 = "*bf16", "*fp32", "*fp64", "*fp8e4nv", "*i32", "*i64", "*u8"
-SIXTEENS = (
-    "K",
-    "stride",
-    "qkv_stride",
-    "key_stride",
-    "value_stride",
-    "num_experts",
-)  # multiples of 16, as Triton finds them
+# multiples of 16, as Triton finds them
+SIXTEENS = ("K", "stride", "qkv_stride", "key_stride", "value_stride", "num_experts")
 SIZES = {"num_rows": "i32", "K": "i32"}
 TOKEN = {"token_ptr": FP32}
 NORM = {
