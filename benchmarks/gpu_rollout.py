@@ -69,7 +69,7 @@ def rollout(engine: Any, batch: int, prompt_tokens: int, new_tokens: int, seed: 
     return time.perf_counter() - start, outs
 
 
-def measure(engine: Engine, quant: str, kv: str, batch: int, arguments: argparse.Namespace) -> Result:
+def measure(engine: Any, quant: str, kv: str, batch: int, arguments: argparse.Namespace) -> Result:
     invariant = engine.config.batch_invariant
     rollout(engine, batch, arguments.prompt, 8, seed=0)  # compiles, captures
     first, _ = rollout(engine, batch, arguments.prompt, 1, seed=1)

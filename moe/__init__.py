@@ -1,6 +1,7 @@
 """Routed experts: config, routing, runners."""
 
 from .activation import gated_activation
+from .choices import Choices, summed
 from .config import MoeConfig
 from .experts import RoutedExperts
 from .routing import route, router_logits, sigmoid
@@ -8,6 +9,7 @@ from .runner import MOE_RUNNERS, MoeRunner, judge_runners, select_runner
 
 __all__ = [
     "MOE_RUNNERS",
+    "Choices",
     "MoeConfig",
     "MoeRunner",
     "RoutedExperts",
@@ -17,4 +19,5 @@ __all__ = [
     "router_logits",
     "select_runner",
     "sigmoid",
+    "summed",
 ]

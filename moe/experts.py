@@ -20,9 +20,10 @@ from ..quant import (
     values_of,
 )
 from ..quant.kernels.plain import PlainKernel
+from .choices import Choices, summed
 from .config import MoeConfig
 from .routing import route
-from .runner import CodesRunner, RoutingRunner, select_runner
+from .runner import ChoicesRunner, RoutingRunner, select_runner
 from .runners.reference import ReferenceRunner, expert_shapes
 
 
@@ -99,23 +100,29 @@ class RoutedExperts:
         """Whether x may come as `FP8Rows` with values: not while a meter looks at them."""
         return self.runner.takes_codes and self.w13.meter is None
 
-    def dispatch(self, x: Tensor | FP8Rows, logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def dispatch(
+        self, x: Tensor | FP8Rows, logits: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor | Choices, Tensor]:
         """x [num_tokens, hidden_size], router logits [num_tokens, num_experts], bias of the choice or None ->
-        [num_tokens, hidden_size], and the ids of the chosen experts [num_tokens, top_k]."""
+        [num_tokens, hidden_size] or what to sum, and the ids of the chosen experts [num_tokens, top_k]."""
         if not self.runner.routes:
             ids, weights = route(logits, self.config, bias)
-            return self(x, ids, weights), ids
+            return self._compute(x, ids, weights), ids
         x = values_of(x)
         self.w13.watch(x)
         return cast(RoutingRunner, self.runner).apply_logits(x, logits, bias, *self._served)
 
     def __call__(self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor) -> Tensor:
         """x [num_tokens, hidden_size], ids and weights [num_tokens, top_k] -> [num_tokens, hidden_size]."""
-        if isinstance(x, FP8Rows) and self.takes_codes:
-            return cast(CodesRunner, self.runner).apply_codes(x, ids, weights, *self._served)
-        x = values_of(x)
-        self.w13.watch(x)
-        return self.runner.apply(x, ids, weights, *self._served)
+        return summed(self._compute(x, ids, weights))
+
+    def _compute(self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor) -> Tensor | Choices:
+        if not (isinstance(x, FP8Rows) and self.takes_codes):
+            x = values_of(x)
+            self.w13.watch(x)
+        if self.runner.leaves_sum:
+            return cast(ChoicesRunner, self.runner).choices(x, ids, weights, *self._served)
+        return self.runner.apply(values_of(x), ids, weights, *self._served)
 
 
 def _bias_of(weight: WeightSlot, dtype: torch.dtype, capability: Capability) -> WeightSlot:

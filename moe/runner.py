@@ -11,6 +11,7 @@ from torch import Tensor
 from ..quant import Capability, FP8Rows, Scheme, UnsupportedError, WeightShape
 from ..quant.kernel import log_choice, shares_a_scale
 from ..quant.slot import Packer
+from .choices import Choices
 from .config import MoeConfig
 from .runners.flashinfer_trtllm import FlashInferTrtllm, FlashInferTrtllmRouted
 from .runners.reference import ReferenceRunner
@@ -28,13 +29,15 @@ class MoeRunner(Protocol):
 
     With `shows_w2` it shows `watch_w2` every input [num_pairs, intermediate_size] of the down projections; the layer
     sees that of w13. With `routes` it chooses the experts itself: it has `apply_logits` in place of `apply`.
-    `capturable`: in a CUDA graph, since it asks nothing of the host. With `takes_codes` it has `apply_codes` too.
+    `capturable`: in a CUDA graph, since it asks nothing of the host. With `leaves_sum` it has `choices` too, and with
+    `takes_codes` their x may be quantized: FP8 per token.
     """
 
     name: ClassVar[str]
     routes: ClassVar[bool]
     shows_w2: ClassVar[bool]
     capturable: ClassVar[bool]
+    leaves_sum: ClassVar[bool]
     takes_codes: bool
     watch_w2: Callable[[Tensor], None]
 
@@ -81,13 +84,13 @@ class RoutingRunner(MoeRunner, Protocol):
         ...
 
 
-class CodesRunner(MoeRunner, Protocol):
-    """A runner that can be given x quantized: FP8 per token."""
+class ChoicesRunner(MoeRunner, Protocol):
+    """A runner that can leave the sum over a token's choices to who comes next."""
 
-    def apply_codes(
-        self, x: FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
-    ) -> Tensor:
-        """What `apply` computes, from codes on."""
+    def choices(
+        self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> Choices:
+        """What `apply` sums."""
         ...
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...moe import Choices, summed
 from ...quant import FP8Rows, values_of
 from .attention import Attend, AttentionSpec
 from .decoder_config import DecoderConfig
@@ -24,7 +25,7 @@ from .parts import Parts
 class DecoderLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    The last sum is left to who comes next: it is one launch with the norm that follows.
+    The last sum, of experts too, is left to who comes next: it is one launch with the norm that follows.
     """
 
     NORM_BEFORE_MLP = "post_attention_layernorm"
@@ -40,14 +41,14 @@ class DecoderLayer:
         self.mlp = SparseMLP(parts, config, layer) if sparse else MLP(parts, config, prefix + "mlp.", size)
 
     def __call__(
-        self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, y: Tensor | Choices | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor | Choices]:
         """The input is x + y (None: nothing), and so is the output."""
         x, normed = self.norm.of_sum(x, y, self.input_norm, self.attention.reads)
         x, normed = self.norm.of_sum(x, self.attention(normed, rotary, attend), self.post_norm, self.mlp.reads)
         return x, self.feed_forward(normed, routed)
 
-    def feed_forward(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:
+    def feed_forward(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor | Choices:
         return self.mlp(x, routed) if isinstance(self.mlp, SparseMLP) else self.mlp(x)
 
 
@@ -62,12 +63,12 @@ class SandwichLayer(DecoderLayer):
         self.mlp_out_norm = parts.plain(self.prefix + "post_feedforward_layernorm", config.hidden_size)
 
     def __call__(
-        self, x: Tensor, y: Tensor | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
+        self, x: Tensor, y: Tensor | Choices | None, rotary: Rotary, attend: Attend, routed: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         x, normed = self.norm.of_sum(x, y, self.input_norm, self.attention.reads)
         y = self.norm(self.attention(normed, rotary, attend), self.attention_out_norm)
         x, normed = self.norm.of_sum(x, y, self.post_norm, self.mlp.reads)
-        return x, self.norm(self.feed_forward(normed, routed), self.mlp_out_norm)
+        return x, self.norm(summed(self.feed_forward(normed, routed)), self.mlp_out_norm)
 
 
 class Decoder:
@@ -129,7 +130,8 @@ class Decoder:
             rotary(inv_freq, rope.factor, positions, self.dtype)
             for inv_freq, rope in zip(self.inv_freqs, self.config.ropes, strict=True)
         ]
-        x, y = F.embedding(ids, self.embed).to(self.dtype), None
+        x = F.embedding(ids, self.embed).to(self.dtype)
+        y: Tensor | Choices | None = None
         if self.embed_scale is not None:
             x = x * self.embed_scale
         for layer in self.layers:

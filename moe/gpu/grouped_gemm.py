@@ -15,14 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant.gpu.device import on_own_device
+from ...quant.gpu.early import await_inputs, early
 
 
 @triton.jit
-def find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS: tl.constexpr, SORTED: tl.constexpr):
+def find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS: tl.constexpr, SORTED: tl.constexpr, EARLY: tl.constexpr):
     """A program's expert, -1 if it has none; the (token, choice) pairs of its block, and which of them exist.
 
     Not SORTED: every pair is a block of its own, and expert_ptr are the pairs' experts.
     """
+    await_inputs(EARLY)
     block = tl.program_id(1)
     expert = tl.load(expert_ptr + block).to(tl.int64)
     place = tl.arange(0, TOKENS)
@@ -52,12 +54,13 @@ def grouped_gate_up(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """silu(gate) * up of every pair: x [tokens, K], w [experts, 2 inner, K] -> BF16 [pairs, inner].
 
     SCALED: both are FP8, every token and every row has a scale; else both are BF16.
     """
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
     if expert < 0:
         return
     token = tl.where(exists, pair // TOP_K, 0)
@@ -106,9 +109,10 @@ def grouped_down(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """x [pairs, K], w [experts, N, K] -> BF16 [pairs, N]; SCALED as above."""
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
     if expert < 0:
         return
     source = tl.where(exists, pair, 0).to(tl.int64)
@@ -125,16 +129,26 @@ def grouped_down(
 
 
 @triton.jit
-def finalize_kernel(x_ptr, weight_ptr, out_ptr, N, TOP_K: tl.constexpr, COLS: tl.constexpr):
-    """Sum over a token's choices, in their order, in float32: BF16 [tokens, TOP_K, N] -> BF16 [tokens, N]."""
-    token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside = col < N
-    total = tl.zeros((COLS,), tl.float32)
-    for choice in range(TOP_K):
-        x = tl.load(x_ptr + (token * TOP_K + choice) * N + col, mask=inside, other=0.0).to(tl.float32)
-        total += x * tl.load(weight_ptr + token * TOP_K + choice)
-    tl.store(out_ptr + token * N + col, total.to(tl.bfloat16), mask=inside)
+def sum_choices(x_ptr, weight_ptr, rows, cols, num_rows, N, TOP_K: tl.constexpr):
+    """Some rows and columns of the weighted sum over choices, in their order, in float32: BF16 [num_rows, TOP_K, N]."""
+    mask = (rows < num_rows)[:, None] & (cols < N)[None, :]
+    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        pair = rows.to(tl.int64) * TOP_K + choice
+        x = tl.load(x_ptr + pair[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += x * tl.load(weight_ptr + pair, mask=rows < num_rows, other=0.0)[:, None]
+    return total.to(tl.bfloat16)
+
+
+@triton.jit
+def finalize_kernel(
+    x_ptr, weight_ptr, out_ptr, num_rows, N, TOP_K: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr
+):
+    """`sum_choices` as BF16 [num_rows, N]."""
+    await_inputs(EARLY)
+    row, cols = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    total = sum_choices(x_ptr, weight_ptr, row, cols, num_rows, N, TOP_K)
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], total, mask=(cols < N)[None, :])
 
 
 @on_own_device
@@ -142,5 +156,7 @@ def finalize(x: Tensor, weights: Tensor) -> Tensor:
     """BF16 [tokens, top_k, N], float32 [tokens, top_k] -> BF16 [tokens, N]."""
     tokens, top_k, N = x.shape
     out = x.new_empty(tokens, N)
-    finalize_kernel[(tokens, -(-N // 1024))](x, weights, out, N, TOP_K=top_k, COLS=1024, num_warps=4)
+    if tokens:
+        grid = tokens, -(-N // 1024)
+        finalize_kernel[grid](x, weights, out, tokens, N, TOP_K=top_k, COLS=1024, num_warps=4, **early(x))
     return out

@@ -65,6 +65,7 @@ def grouped_gate_up(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
+    EARLY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -73,7 +74,7 @@ def grouped_gate_up(
     SCALED: x are exact products of codes and block scales, and every token has a scale. WORDS: scales are read as
     int32.
     """
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
     if expert < 0:
         return
     token = tl.where(exists, pair // TOP_K, 0)
@@ -117,11 +118,12 @@ def grouped_down(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
+    EARLY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """x BF16 [pairs, K], N rows of weights -> BF16 [pairs, N]; SCALED and WORDS as above."""
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
     if expert < 0:
         return
     source = tl.where(exists, pair, 0).to(tl.int64)

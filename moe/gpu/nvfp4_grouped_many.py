@@ -35,10 +35,11 @@ def grouped_gate_up(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
+    EARLY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """`nvfp4_grouped.grouped_gate_up` with x in word order; codes and scales are read as int32."""
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
     if expert < 0:
         return
     token = tl.where(exists, pair // TOP_K, 0)
@@ -83,10 +84,11 @@ def grouped_down(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     SORTED: tl.constexpr,
+    EARLY: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """`nvfp4_grouped.grouped_down` with x in word order; codes and scales are read as int32."""
-    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED)
+    expert, pair, exists = find_block(sorted_ptr, expert_ptr, num_pairs, TOKENS, SORTED, EARLY)
     if expert < 0:
         return
     source = tl.where(exists, pair, 0).to(tl.int64)

@@ -50,6 +50,7 @@ class TrtllmRunner:
     routes: ClassVar[bool]
     shows_w2: ClassVar[bool] = False
     capturable: ClassVar[bool] = True
+    leaves_sum: ClassVar[bool] = False
     takes_codes = False
 
     def __init__(

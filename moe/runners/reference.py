@@ -31,6 +31,7 @@ class ReferenceRunner:
     routes: ClassVar[bool] = False
     shows_w2: ClassVar[bool] = True
     capturable: ClassVar[bool] = False
+    leaves_sum: ClassVar[bool] = False
     takes_codes = False
 
     def __init__(

@@ -13,6 +13,7 @@ from ...quant import BF16, FP8, NVFP4, Capability, FP8Rows, Plain, Scheme, Tenso
 from ...quant.kernels.nvfp4_packing import DEPTH, NVFP4Packer
 from ...quant.kernels.plain import PlainKernel
 from ...quant.scheme import Stored
+from ..choices import Choices
 from ..config import MoeConfig
 from .reference import expert_shapes
 from .triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES, Tile, Tiles
@@ -81,6 +82,7 @@ class TritonRunner:
     routes: ClassVar[bool] = False
     shows_w2: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
+    leaves_sum: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -121,29 +123,23 @@ class TritonRunner:
         return None if capability.sm == 90 else f"its tiles were seen to sum alike on sm90, and this is {capability}"
 
     def apply(self, x: Tensor, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
-        return self._apply(x.contiguous(), ids, weights, w13, w2)
+        return self.choices(x, ids, weights, w13, w2).sum()
 
-    def apply_codes(
-        self, x: FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
-    ) -> Tensor:
-        return self._apply(x, ids, weights, w13, w2)
-
-    def _apply(
+    def choices(
         self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
-    ) -> Tensor:
-        from ..gpu.grouped_gemm import finalize
-
-        if not len(ids):
-            return weights.new_empty(0, self.config.hidden_size, dtype=torch.bfloat16)
+    ) -> Choices:
+        x = x if isinstance(x, FP8Rows) else x.contiguous()
         with torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
             outs = self._products(x, ids.contiguous(), w13, w2)
-        return finalize(outs.view(*ids.shape, -1), weights.float().contiguous())
+        return Choices(outs.view(*ids.shape, self.config.hidden_size), weights.float().contiguous())
 
     def _products(self, x: Tensor | FP8Rows, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         """What the choices of every token give, BF16 [pairs, hidden_size]."""
         from ..gpu.blocks import make_blocks
 
         num_pairs, hidden, inner = ids.numel(), self.config.hidden_size, self.config.intermediate_size
+        if not num_pairs:
+            return torch.empty(0, hidden, dtype=torch.bfloat16, device=ids.device)
         first, second = self._tile("w13", num_pairs), self._tile("w2", num_pairs)
         alone = len(ids) == 1 or num_pairs <= self.config.num_experts // 4  # few share an expert: sorting takes longer
         blocks = (ids, ids.view(-1)) if alone else make_blocks(ids, self.config.num_experts, first.tokens)
@@ -171,6 +167,7 @@ class TritonRunner:
         **options: int,
     ) -> None:
         """One grouped product of x, in BF16, FP8 or products of NVFP4 codes and scales, with a scale a row or none."""
+        from ...quant.gpu.early import early
         from ...quant.gpu.nvfp4_words import in_word_order
         from ..gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 
@@ -191,7 +188,7 @@ class TritonRunner:
         kernel = kernels.grouped_gate_up if weight == "w13" else kernels.grouped_down
         kernel[(num_rows // tile.rows, len(blocks[1]))](
             x, scale, *weights, out, *blocks, num_pairs, x.shape[1], num_rows,
-            SCALED=self.scheme.activation != "none", **tile.options(), **options,
+            SCALED=self.scheme.activation != "none", **tile.options(), **options, **early(x),
         )  # fmt: skip
 
     def _quantize(

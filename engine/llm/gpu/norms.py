@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....moe import Choices
+from ....moe.gpu.grouped_gemm import sum_choices
 from ....quant.gpu.device import on_own_device
 from ....quant.gpu.early import await_inputs, early
 from ....quant.gpu.quantize import load_rows, row_tiles, write_fp8
@@ -51,6 +53,7 @@ def _store_rows(x, out_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr):
 def _norm_kernel(
     x_ptr,
     y_ptr,
+    choice_ptr,
     weight_ptr,
     static_ptr,
     sum_ptr,
@@ -63,6 +66,7 @@ def _norm_kernel(
     eps,
     KIND: tl.constexpr,
     ADD: tl.constexpr,
+    TOP_K: tl.constexpr,
     NORMED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     STATIC: tl.constexpr,
@@ -70,12 +74,17 @@ def _norm_kernel(
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A program for every few rows. ADD: of x + y, which is kept; NORMED: keep BF16; QUANTIZE: keep FP8 codes."""
+    """A program for every few rows. ADD: of x + y, which is kept; TOP_K: y is the sum of that many choices, or 0;
+    NORMED: keep BF16; QUANTIZE: keep FP8 codes."""
     await_inputs(EARLY)
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, 1)
     if ADD:
-        x = (x + load_rows(y_ptr, rows, num_rows, K, BLOCK_K, 1)).to(tl.bfloat16).to(tl.float32)
+        if TOP_K:
+            y = sum_choices(y_ptr, choice_ptr, rows, cols, num_rows, K, TOP_K).to(tl.float32)
+        else:
+            y = load_rows(y_ptr, rows, num_rows, K, BLOCK_K, 1)
+        x = (x + y).to(tl.bfloat16).to(tl.float32)
         _store_rows(x, sum_ptr, rows, num_rows, K, BLOCK_K)
     weight = tl.load(weight_ptr + cols[None, :], mask=(cols < K)[None, :], other=0.0).to(tl.float32)
     x = normalize(x, inverse_rms(x, share, eps), weight, KIND)
@@ -94,8 +103,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kind: NormName) -> Tensor:
 
 
 @on_own_device
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, kind: NormName) -> tuple[Tensor, Tensor]:
-    """BF16 x, y [..., K], weight [K] -> h = x + y and the norm of h, both BF16 [..., K]."""
+def add_rms_norm(x: Tensor, y: Tensor | Choices, weight: Tensor, eps: float, kind: NormName) -> tuple[Tensor, Tensor]:
+    """BF16 x, y [..., K], weight [K] -> h = x + y and the norm of h, both BF16 [..., K].
+
+    y may be the experts' choices for x [num_tokens, K]: they are summed on the way.
+    """
     total, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     _launch(x, y, weight, eps, kind, total=total, out=out)
     return total, out
@@ -118,7 +130,7 @@ def rms_norm_quantize_fp8(
 @on_own_device
 def add_rms_norm_quantize_fp8(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | Choices,
     weight: Tensor,
     eps: float,
     kind: NormName,
@@ -126,7 +138,8 @@ def add_rms_norm_quantize_fp8(
     *,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """BF16 x, y [M, K], weight [K] -> h = x + y as BF16, then the norm of h as `rms_norm_quantize_fp8` returns it."""
+    """BF16 x, y [M, K] (or choices), weight [K] -> h = x + y as BF16, then the norm of h as `rms_norm_quantize_fp8`
+    returns it."""
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     out = torch.empty_like(total) if keep else None
     codes, token = _codes(x, input_scale)
@@ -141,7 +154,7 @@ def _codes(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _launch(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | Choices | None,
     weight: Tensor,
     eps: float,
     kind: NormName,
@@ -159,9 +172,11 @@ def _launch(
     rows, block_k, warps = row_tiles(K, 512)
     if not num_rows:
         return
+    values, choice_weights, top_k = (y.values, y.weights, y.weights.shape[1]) if isinstance(y, Choices) else (y, x, 0)
     _norm_kernel[(-(-num_rows // rows),)](
         x,
-        x if y is None else y.contiguous(),
+        x if values is None else values.contiguous(),
+        choice_weights,
         weight,
         x if static is None else static,
         x if total is None else total,
@@ -174,11 +189,12 @@ def _launch(
         eps,
         KIND=kind,
         ADD=y is not None,
+        TOP_K=top_k,
         NORMED=out is not None,
         QUANTIZE=codes is not None,
         STATIC=static is not None,
         ROWS=rows,
         BLOCK_K=block_k,
-        num_warps=warps,
+        num_warps=warps if top_k == 0 else min(16, 2 * warps),  # choices are many to load
         **early(x),
     )

@@ -9,6 +9,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from ....moe import Choices, summed
 from ....quant import FP8Rows, Reads
 from .fused import has_fused_kernels
 
@@ -29,11 +30,11 @@ class Norm(Struct, frozen=True):
         return NORMS[self.name](x, weight, self.eps)
 
     def of_sum(
-        self, x: Tensor, y: Tensor | None, weight: Tensor, reads: Reads = "values"
+        self, x: Tensor, y: Tensor | Choices | None, weight: Tensor, reads: Reads = "values"
     ) -> tuple[Tensor, Tensor | FP8Rows]:
         """x + y (None: nothing) and its norm: with the codes that `reads` asks for, where fused kernels make them."""
         if not has_fused_kernels(x):
-            x = x if y is None else x + y
+            x = x if y is None else x + summed(y)
             return x, self(x, weight)
         if reads != "values":
             return self._with_codes(x, y, weight, reads)
@@ -43,7 +44,9 @@ class Norm(Struct, frozen=True):
 
         return add_rms_norm(x, y, weight, self.eps, self.name)
 
-    def _with_codes(self, x: Tensor, y: Tensor | None, weight: Tensor, reads: Reads) -> tuple[Tensor, FP8Rows]:
+    def _with_codes(
+        self, x: Tensor, y: Tensor | Choices | None, weight: Tensor, reads: Reads
+    ) -> tuple[Tensor, FP8Rows]:
         from ..gpu.norms import add_rms_norm_quantize_fp8, rms_norm_quantize_fp8
 
         keep = reads == "both"

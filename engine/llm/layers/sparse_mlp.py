@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....moe import router_logits, sigmoid
+from ....moe import Choices, router_logits, sigmoid, summed
 from ....quant import FP8Rows, Plain, Reads, values_of
 from ..decoder_config import DecoderConfig, SharedExpertConfig
 from ..parts import Parts
@@ -33,14 +33,15 @@ class SparseMLP:
         """What it reads of its input: the router reads values."""
         return "both" if self.experts.takes_codes else "values"
 
-    def __call__(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor:
+    def __call__(self, x: Tensor | FP8Rows, routed: list[Tensor] | None) -> Tensor | Choices:
+        """Where only experts are to be summed, that may be left to who comes next."""
         values = values_of(x)
         values = values if self.dtype is None else values.to(self.dtype)
         logits = router_logits(values, self.gate, self.gate_bias, self.matmul)
         out, ids = self.experts.dispatch(x, logits, self.correction_bias)
         if routed is not None:
             routed.append(ids)
-        return out if self.shared is None else out + self.shared(x)
+        return out if self.shared is None else summed(out) + self.shared(x)
 
 
 class SharedExpert:

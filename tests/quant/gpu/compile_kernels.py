@@ -198,9 +198,9 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
     rest |= {"num_pairs": "i32", "K": "i32:16"}
     bf16 = {"x_ptr": "*bf16", "x_scale_ptr": "*bf16", "w_ptr": "*bf16"}
     for name, inputs, table, more in (
-        ("bf16", bf16, BF16_TILES, {"SCALED": False, "SORTED": True}),
-        ("fp8", fp8, FP8_TILES, {"SCALED": True, "SORTED": True}),
-        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "SORTED": True, "ASSEMBLY": True}),
+        ("bf16", bf16, BF16_TILES, {"SCALED": False, "SORTED": True, "EARLY": True}),
+        ("fp8", fp8, FP8_TILES, {"SCALED": True, "SORTED": True, "EARLY": True}),
+        ("nvfp4", nvfp4, NVFP4_TILES, {"SCALED": True, "SORTED": True, "EARLY": True, "ASSEMBLY": True}),
     ):
         for (weight, size, top_k), at in itertools.product((("w13", "inner", {"TOP_K": 8}), ("w2", "N", {})), range(6)):
             if at >= len(table[weight]):

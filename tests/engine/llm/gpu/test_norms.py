@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rollmill.engine.llm.layers.norms import NORMS, NormName
+from rollmill.moe import Choices
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -76,6 +77,21 @@ def test_sum_and_norm_equal_torch(rows: int, cols: int, kind: NormName):
     assert same_bits(total, x + y)
     assert same_bits(out, norms.rms_norm(total, weight, EPS, kind))
     assert_as_rounded(out, NORMS[kind](x + y, weight, EPS))
+
+
+@shapes
+def test_choices_are_summed_on_the_way(rows: int, cols: int):
+    x, weight = random(rows, cols), random(cols, seed=1)
+    choices = Choices(random(rows, 3, cols), torch.rand(rows, 3, device=DEVICE))
+    y = (choices.values.double() * choices.weights.double()[..., None]).sum(1)  # float32 may round to the next BF16
+    assert float((choices.sum().double() - y).abs().max()) <= float(y.abs().max()) * 2**-8
+    total, out = norms.add_rms_norm(x, choices, weight, EPS, "rms")
+    assert same_bits(total, x + choices.sum())
+    assert_as_rounded(out, NORMS["rms"](total, weight, EPS))
+    found = norms.add_rms_norm_quantize_fp8(x, choices, weight, EPS, "rms", keep=True)
+    for part, expected in zip(found, (total, out, *quantize_fp8(out)), strict=True):
+        assert part is not None
+        assert same_bits(part, expected)
 
 
 def test_heads_are_rows_too():
