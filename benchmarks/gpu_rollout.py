@@ -169,7 +169,8 @@ def run(
         batch_invariant=invariant,
         attention=arguments.attention,
     )
-    with Engine(folder, config) as engine:
+    engine: Any = Engine(folder, config)
+    with engine:
         gib, took = torch.cuda.memory_allocated() / 2**30, time.perf_counter() - start
         print(f"{quant}, KV {kv}: open in {took:.1f} s, {gib:.1f} GiB, {tokens} tokens", flush=True)
         if arguments.capture:
