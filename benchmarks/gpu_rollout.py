@@ -69,7 +69,7 @@ def rollout(engine: Any, batch: int, prompt_tokens: int, new_tokens: int, seed: 
     return time.perf_counter() - start, outs
 
 
-def measure(engine: Engine, quant: str, kv: str, batch: int, arguments: argparse.Namespace) -> Result:
+def measure(engine: Any, quant: str, kv: str, batch: int, arguments: argparse.Namespace) -> Result:
     invariant = engine.config.batch_invariant
     rollout(engine, batch, arguments.prompt, 8, seed=0)  # compiles, captures
     first, _ = rollout(engine, batch, arguments.prompt, 1, seed=1)
@@ -169,7 +169,8 @@ def run(
         batch_invariant=invariant,
         attention=arguments.attention,
     )
-    with Engine(folder, config) as engine:
+    engine: Any = Engine(folder, config)
+    with engine:
         gib, took = torch.cuda.memory_allocated() / 2**30, time.perf_counter() - start
         print(f"{quant}, KV {kv}: open in {took:.1f} s, {gib:.1f} GiB, {tokens} tokens", flush=True)
         if arguments.capture:

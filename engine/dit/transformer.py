@@ -79,7 +79,7 @@ class Transformer:
                 _compute_sample_by_sample(module)
 
     def _use_fp8_attention(self) -> None:
-        from .fp8_processor import use_fp8_attention
+        from .gpu.fp8_processor import use_fp8_attention
 
         use_fp8_attention(self.module, self.capability, self.switch, quantized=bool(self._quants))
 

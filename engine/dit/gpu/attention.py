@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..fp8_processor import attention_on
+from .fp8_processor import attention_on
 from .qk_rope import qkv_codes
 from .streams import Streams
 

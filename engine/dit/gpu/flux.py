@@ -17,10 +17,10 @@ from msgspec import Struct
 from torch import Tensor
 
 from ....quant.gpu.quantize import quantize_fp8
-from ..fp8_processor import FP8FluxAttnProcessor
 from ..linears import Linears
 from .activations import Activations
 from .attention import attend, attend_fp8
+from .fp8_processor import FP8FluxAttnProcessor
 from .gelu import gelu, join_gelu
 from .layers import Layer, as_read_by
 from .modulate import add_gated, norm_modulate

@@ -8,7 +8,7 @@ import torch
 from msgspec.structs import asdict
 
 from rollmill.engine import DiffusionParams, Engine, EngineConfig, FlowSDE, UnsupportedError
-from rollmill.engine.dit.fp8_processor import FP8FluxAttnProcessor, use_fp8_attention
+from rollmill.engine.dit.gpu.fp8_processor import FP8FluxAttnProcessor, use_fp8_attention
 from rollmill.engine.dit.slot_linear import PrecisionSwitch
 from rollmill.quant import Capability
 

@@ -10,9 +10,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
-from ...quant import Capability, UnsupportedError
-from .fp8_attention import AttentionCodes, attend, norm_scale, quantize
-from .slot_linear import PrecisionSwitch
+from ....quant import Capability, UnsupportedError
+from ..fp8_attention import AttentionCodes, attend, norm_scale, quantize
+from ..slot_linear import PrecisionSwitch
 
 TRANSFORMERS = ("FluxTransformer2DModel",)
 HEAD_DIM = 128  # of the kernel
@@ -86,6 +86,6 @@ def attention_on(device: torch.device) -> Callable[[AttentionCodes], Tensor]:
     """How codes are attended: by the kernel on a GPU, else as it is defined."""
     if device.type != "cuda":
         return attend
-    from .gpu.flash_fp8 import flash_fp8
+    from .flash_fp8 import flash_fp8
 
     return flash_fp8
