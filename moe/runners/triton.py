@@ -127,7 +127,7 @@ class TritonRunner:
         x = x if isinstance(x, FP8Rows) else x.contiguous()
         with torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
             outs = self._products(x, ids.contiguous(), w13, w2)
-        return Choices(outs.view(*ids.shape, self.config.hidden_size), weights.float().contiguous())
+        return Choices(outs, weights.float().contiguous())
 
     def _products(self, x: Tensor | FP8Rows, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         """What the choices of every token give, BF16 [pairs, hidden_size]."""

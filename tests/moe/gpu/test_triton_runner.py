@@ -15,7 +15,7 @@ from rollmill.quant import BF16, FP8, NVFP4, AmaxMeter, Capability, FP8Rows, Pla
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu import blocks  # noqa: E402 (after the conftest's set-up)
-from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402
+from rollmill.moe.gpu.blocks import make_blocks, make_placed_blocks  # noqa: E402
 from rollmill.quant.gpu.nvfp4_words import in_word_order  # noqa: E402
 from rollmill.quant.gpu.quantize import quantize_fp8  # noqa: E402
 
@@ -232,6 +232,12 @@ def test_blocks_hold_every_pair_once_with_its_expert(
         real = rows[rows < flat.numel()]
         assert expert >= 0 or not len(real)
         assert all(flat[pair] == expert for pair in real.tolist())
+
+
+def test_places_say_where_every_pair_lies():
+    ids = torch.randint(0, 6, (37, 3), generator=torch.Generator().manual_seed(2))
+    pairs, _, places = (t.cpu() for t in make_placed_blocks(ids.to(DEVICE), 8, 16))
+    assert torch.equal(pairs[places.long()], torch.arange(ids.numel(), dtype=torch.int32))
 
 
 def test_the_two_products_may_have_blocks_of_unequal_size():
