@@ -37,6 +37,7 @@ def _place_kernel(
     pairs_ptr,
     experts_ptr,
     places_ptr,
+    used_ptr,
     num_pairs,
     num_experts,
     BLOCK: tl.constexpr,
@@ -45,7 +46,7 @@ def _place_kernel(
 ):
     """Writes a chunk of the pairs to their places; the first program also says which expert owns which block.
 
-    `places_ptr` gets every pair's place.
+    `places_ptr` gets every pair's place, `used_ptr` the number of blocks that an expert owns.
     """
     expert = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0)
@@ -57,6 +58,7 @@ def _place_kernel(
     tl.store(places_ptr + pair, place, mask=exists)
     if tl.program_id(0) == 0:
         _own_blocks(experts_ptr, expert, blocks, first_block)
+        tl.store(used_ptr, tl.sum(blocks, axis=0))
 
 
 @triton.jit
@@ -143,10 +145,9 @@ def count_blocks(num_pairs: int, num_experts: int, block: int) -> int:
 
 
 @on_own_device
-def make_placed_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `make_blocks` gives, and every pair's place among the blocks' int32 [tokens * top_k]; for many pairs.
-
-    In two launches, a program for every `CHUNK` pairs.
+def make_placed_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `make_blocks` gives, every pair's place among the blocks' int32 [tokens * top_k], and how many blocks are
+    needed, int32 [1]; those come first. For many pairs: in two launches, a program for every `CHUNK` of them.
     """
     num_pairs, device = ids.numel(), ids.device
     num_blocks = count_blocks(num_pairs, num_experts, block)
@@ -154,13 +155,14 @@ def make_placed_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tenso
     rank, places = (torch.empty(num_pairs, dtype=torch.int32, device=device) for _ in range(2))
     pairs = torch.full((num_blocks * block,), num_pairs, dtype=torch.int32, device=device)
     experts = torch.full((num_blocks,), -1, dtype=torch.int32, device=device)
+    used = torch.empty(1, dtype=torch.int32, device=device)
     grid = (-(-num_pairs // CHUNK),)
     _count_kernel[grid](ids, counts, rank, num_pairs, CHUNK=CHUNK)
     _place_kernel[grid](
-        ids, counts, rank, pairs, experts, places, num_pairs, num_experts,
+        ids, counts, rank, pairs, experts, places, used, num_pairs, num_experts,
         BLOCK=block, EXPERTS=_power_of_two(num_experts), CHUNK=CHUNK,
     )  # fmt: skip
-    return pairs, experts, places
+    return pairs, experts, places, used
 
 
 def _power_of_two(count: int) -> int:

@@ -80,13 +80,18 @@ def grouped_gate_up(
 
 
 @triton.jit
-def store_gated(out_ptr, gate, up, pair, row, exists, inner):
-    """BF16 of gate and up first, as two linears would leave them."""
+def gated(gate, up):
+    """silu(gate) * up as BF16; BF16 of gate and up first, as two linears would leave them."""
     gate = gate.to(tl.bfloat16).to(tl.float32)
     up = up.to(tl.bfloat16).to(tl.float32)
     activated = (gate / (1.0 + tl.exp(0.0 - gate))).to(tl.bfloat16).to(tl.float32)
+    return (activated * up).to(tl.bfloat16)
+
+
+@triton.jit
+def store_gated(out_ptr, gate, up, pair, row, exists, inner):
     target = out_ptr + pair.to(tl.int64)[None, :] * inner + row[:, None]
-    tl.store(target, (activated * up).to(tl.bfloat16), mask=exists[None, :])
+    tl.store(target, gated(gate, up), mask=exists[None, :])
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

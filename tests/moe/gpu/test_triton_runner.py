@@ -236,8 +236,25 @@ def test_blocks_hold_every_pair_once_with_its_expert(
 
 def test_places_say_where_every_pair_lies():
     ids = torch.randint(0, 6, (37, 3), generator=torch.Generator().manual_seed(2))
-    pairs, _, places = (t.cpu() for t in make_placed_blocks(ids.to(DEVICE), 8, 16))
+    pairs, experts, places, used = (t.cpu() for t in make_placed_blocks(ids.to(DEVICE), 8, 16))
     assert torch.equal(pairs[places.long()], torch.arange(ids.numel(), dtype=torch.int32))
+    assert bool((experts[: used.item()] >= 0).all())
+    assert bool((experts[used.item() :] < 0).all())
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_many_tokens_have_the_bits_of_few(count: int):
+    """Blocks that are not full, experts without tokens."""
+    layer = Layer(SCHEMES["fp8_channel"])
+    x, ids, weights = (part.to(DEVICE) for part in tokens(count, experts=(0, 2, 3)))
+    rows = FP8Rows(*quantize_fp8(x))
+    in_pairs = layer.runner.choices(rows, ids, weights, *layer.packed)
+    layer.runner.many_from = 0
+    in_blocks = layer.runner.choices(rows, ids, weights, *layer.packed)
+    assert in_pairs.places is None
+    assert in_blocks.places is not None
+    assert torch.equal(in_blocks.values[in_blocks.places.long().flatten()], in_pairs.values)
+    assert torch.equal(in_blocks.sum(), in_pairs.sum())
 
 
 def test_the_two_products_may_have_blocks_of_unequal_size():
