@@ -123,7 +123,8 @@ class Scheduler:
     @property
     def has_room_ahead(self) -> bool:
         """Whether the next step needs nobody's pages but free ones."""
-        return self.pool.num_available >= len(self.running)
+        running = (request for request in self.running if not request.all_drawn)
+        return self.pool.num_available >= sum(request.num_pages_for(request.num_tokens) for request in running)
 
     def retract(self, request: Request) -> None:
         """Take a running request's pages; it waits, first in line, and is computed again."""

@@ -34,9 +34,7 @@ class ManyTile(NamedTuple):
 
 TOKENS = 128  # of a block
 GATE_UP = ManyTile(128, 128, 8, 4, 8)
-DOWN = ManyTile(128, 128, 8, 3, 8)
-DOWN_PROGRAMS = 2  # a multiprocessor
-"""Measured on an H100: benchmarks/NOTES.md."""
+DOWN = ManyTile(256, 128, 8, 3, 8)  # one program a multiprocessor. Measured on an H100: benchmarks/NOTES.md
 
 
 @triton.jit
@@ -157,7 +155,7 @@ def multiply_down(
     (_, N, K), tile = weight.shape, DOWN
     out = torch.empty(len(codes), N, dtype=torch.bfloat16, device=codes.device)
     tiles = len(experts) * (N // tile.rows)
-    down_blocks[(min(tiles, DOWN_PROGRAMS * _multiprocessors(codes.device)),)](
+    down_blocks[(min(tiles, _multiprocessors(codes.device)),)](
         _map(codes, TOKENS, tile.depth), scale, _map(weight.flatten(0, 1), tile.rows, tile.depth), row_scale,
         _map(out, TOKENS, tile.rows // 2), experts, used, N, K,
         ROWS=tile.rows, TOKENS=TOKENS, DEPTH=tile.depth, STAGES=tile.stages, TURNS=tile.turns, num_warps=tile.warps,

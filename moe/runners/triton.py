@@ -133,8 +133,7 @@ class TritonRunner:
 
     def takes_blocks(self, num_pairs: int) -> bool:
         """Whether codes of so many pairs go block by block. No meter looks at what comes in codes."""
-        shapes = [kernel.shape for kernel in (self.w13, self.w2)]
-        whole = all(size % MULTIPLE == 0 for shape in shapes for size in (*shape.rows, shape.cols or 0))
+        whole = self.config.hidden_size % MULTIPLE == self.config.intermediate_size % (MULTIPLE // 2) == 0
         return whole and num_pairs > self.many_from * self.config.num_experts
 
     def _choices_of_many(

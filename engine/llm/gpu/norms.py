@@ -199,6 +199,6 @@ def _launch(
         STATIC=static is not None,
         ROWS=rows,
         BLOCK_K=block_k,
-        num_warps=warps,
+        num_warps=warps if weights is None else min(16, 2 * warps),  # choices are many to load
         **early(x),
     )

@@ -53,6 +53,16 @@ def test_the_next_step_is_launched_before_tokens_are_read(open_engine, events):
 
 
 @overlapped
+def test_no_page_is_free_and_none_is_needed(open_engine, events, make_prompts):
+    """Three requests fill all three pages, and the last tokens of none go beyond its page."""
+    engine = open_engine("llama", kv_cache_tokens=48)
+    launches(engine, events)
+    engine.generate(make_prompts([5, 6, 7]), SamplingParams(max_new_tokens=4))
+    assert engine.rollouts.scheduler.num_preemptions == 0
+    assert events == ["launch", "launch", "read", "launch", "read", "launch", "read", "read"]
+
+
+@overlapped
 def test_penalties_want_to_know_the_tokens(open_engine, events):
     engine = open_engine("llama")
     launches(engine, events)

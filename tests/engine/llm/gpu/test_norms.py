@@ -80,9 +80,8 @@ def test_sum_and_norm_equal_torch(rows: int, cols: int, kind: NormName):
 
 
 @pytest.mark.parametrize("placed", [False, True], ids=["in order", "placed"])
-@pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
 @shapes
-def test_choices_are_summed_on_the_way(rows: int, cols: int, codes: bool, placed: bool):
+def test_choices_are_summed_on_the_way(rows: int, cols: int, placed: bool):
     x, weight = random(rows, cols), random(cols, seed=1)
     choices = Choices(random(3 * rows, cols), torch.rand(rows, 3, device=DEVICE))
     y = choices.values.double().view(rows, 3, cols)
@@ -92,11 +91,13 @@ def test_choices_are_summed_on_the_way(rows: int, cols: int, codes: bool, placed
         y = choices.values.double()[places].view(rows, 3, cols)
     y = (y * choices.weights.double()[..., None]).sum(1)  # float32 may round to the next BF16
     assert float((choices.sum().double() - y).abs().max()) <= float(y.abs().max()) * 2**-8
-    call = norms.add_rms_norm_quantize_fp8 if codes else norms.add_rms_norm
-    for found, expected in zip(
-        call(x, choices, weight, EPS, "rms"), call(x, choices.sum(), weight, EPS, "rms"), strict=True
-    ):
-        assert (found is None and expected is None) or same_bits(found, expected)
+    total, out = norms.add_rms_norm(x, choices, weight, EPS, "rms")
+    assert same_bits(total, x + choices.sum())
+    assert_as_rounded(out, NORMS["rms"](total, weight, EPS))
+    found = norms.add_rms_norm_quantize_fp8(x, choices, weight, EPS, "rms", keep=True)
+    for part, expected in zip(found, (total, out, *quantize_fp8(out)), strict=True):
+        assert part is not None
+        assert same_bits(part, expected)
 
 
 def test_heads_are_rows_too():
