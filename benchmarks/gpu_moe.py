@@ -138,7 +138,7 @@ def bench(*, with_peers: bool) -> None:
             operations = 6 * tokens * CONFIG.top_k * CONFIG.hidden_size * CONFIG.intermediate_size
             limit = max(moved / copy, operations / PEAK[name]) * 1e6
             sets = [asked(tokens, draw) for draw in draws(tokens)]
-            calls = [lambda given=given, layer=layer: layer(*given) for given in sets]
+            calls: list[Callable[[], object]] = [lambda given=given, layer=layer: layer(*given) for given in sets]
             micros = graphed(calls, repeats=15) * 1e6
             products = products_micros(layer, tokens, ids)
             bound = "copy rate" if moved / copy > operations / PEAK[name] else "peak"
