@@ -25,7 +25,7 @@ from rollmill.moe import MoeConfig
 from rollmill.moe.runners.reference import expert_shapes
 from rollmill.moe.runners.triton import TritonRunner
 from rollmill.moe.runners.triton_tiles import DEPTH, Tile
-from rollmill.quant import BF16, FP8, NVFP4, Scheme, find_capability
+from rollmill.quant import BF16, FP8, NVFP4, FP8Rows, Scheme, find_capability
 
 CONFIG = MoeConfig(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
 SCHEMES: dict[str, Scheme] = {
@@ -58,6 +58,13 @@ class Layer:
             matrices = {key: stored[key] for key in scheme.matrices(shape)}
             self.packed.append(kernel.prepare(matrices) | kernel.derive({k: stored[k] for k in scheme.scales(shape)}))
 
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The whole layer from BF16 on; FP8 codes are made first, as a model's norms hand them over."""
+        from rollmill.quant.gpu.quantize import quantize_fp8
+
+        given = FP8Rows(*quantize_fp8(x)) if self.runner.takes_codes else x
+        return self.runner.choices(given, ids, weights, *self.packed).sum()
+
     @property
     def bytes_an_expert(self) -> float:
         return sum(t.nbytes for packed in self.packed for t in packed.values()) / CONFIG.num_experts
@@ -80,15 +87,15 @@ def draws(tokens: int) -> range:
 def check(layer: Layer, name: str) -> None:
     """Against dequantized weights in float32, a token bit-equal alone."""
     x, ids, weights = asked(33)
-    out = layer.runner.apply(x, ids, weights, *layer.packed)
-    assert torch.equal(layer.runner.apply(x[5:6], ids[5:6], weights[5:6], *layer.packed)[0], out[5]), name
+    out = layer(x, ids, weights)
+    assert torch.equal(layer(x[5:6], ids[5:6], weights[5:6])[0], out[5]), name
     assert bool(torch.isfinite(out).all()), name
 
 
 def beside(peers: list[Peer], layer: Layer, tokens: int) -> dict[str, float]:
     """Microseconds of every peer's layer on the same tokens: with its default tile, and with the best of some."""
     x, ids, weights = asked(tokens)
-    ours, ids = layer.runner.apply(x, ids, weights, *layer.packed), ids.int()
+    ours, ids = layer(x, ids, weights), ids.int()
     found: dict[str, float] = {}
     for peer in peers:
         theirs = peer.call(x, ids, weights)
@@ -124,7 +131,6 @@ def bench(*, with_peers: bool) -> None:
         layer = Layer(scheme)
         check(layer, name)
         peers = find_peers(name, layer.stored) if with_peers and name in PEERS else []
-        run = layer.runner.apply
         for tokens in BATCHES:
             x, ids, weights = asked(tokens)
             touched = int(ids.unique().numel())
@@ -132,7 +138,7 @@ def bench(*, with_peers: bool) -> None:
             operations = 6 * tokens * CONFIG.top_k * CONFIG.hidden_size * CONFIG.intermediate_size
             limit = max(moved / copy, operations / PEAK[name]) * 1e6
             sets = [asked(tokens, draw) for draw in draws(tokens)]
-            calls = [lambda given=given, run=run, layer=layer: run(*given, *layer.packed) for given in sets]
+            calls: list[Callable[[], object]] = [lambda given=given, layer=layer: layer(*given) for given in sets]
             micros = graphed(calls, repeats=15) * 1e6
             products = products_micros(layer, tokens, ids)
             bound = "copy rate" if moved / copy > operations / PEAK[name] else "peak"
@@ -151,12 +157,15 @@ def products_micros(layer: Layer, tokens: int, ids: Tensor) -> float:
     return sum(graphed([call] * 4, repeats=9) * 1e6 for call in product_calls(layer, tokens, ids, {}))
 
 
-def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, Tile]) -> Iterator[Callable[[], None]]:
+def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, Tile]) -> Iterator[Callable[[], object]]:
     """Both products, each by itself, with the runner's tiles where `tiles` has no other."""
     from rollmill.moe.gpu.blocks import make_blocks
     from rollmill.quant.gpu.quantize import quantize_fp8
 
     runner, num_pairs = layer.runner, ids.numel()
+    if not tiles and runner.takes_codes and runner.takes_blocks(num_pairs):
+        yield from block_calls(layer, tokens, ids)
+        return
     for weight, packed, shape in zip(("w13", "w2"), layer.packed, expert_shapes(CONFIG), strict=True):
         tile = tiles.get(weight) or runner._tile(weight, num_pairs)
         blocks = make_blocks(ids, CONFIG.num_experts, tile.tokens)
@@ -166,6 +175,20 @@ def product_calls(layer: Layer, tokens: int, ids: Tensor, tiles: dict[str, Tile]
         options = {"SORTED": True} | ({"TOP_K": CONFIG.top_k} if weight == "w13" else {})
         arguments = (weight, tile, x, scale, packed, out, blocks, num_pairs)
         yield lambda arguments=arguments, options=options: runner._launch(*arguments, **options)
+
+
+def block_calls(layer: Layer, tokens: int, ids: Tensor) -> Iterator[Callable[[], object]]:
+    """The same of FP8 codes block by block."""
+    from rollmill.moe.gpu.blocks import make_placed_blocks
+    from rollmill.moe.gpu.fp8_many import TOKENS, multiply_down, multiply_gate_up
+    from rollmill.quant.gpu.quantize import quantize_fp8
+
+    pairs, experts, _, used = make_placed_blocks(ids, CONFIG.num_experts, TOKENS)
+    (w13, w2), num_pairs = layer.packed, ids.numel()
+    x = quantize_fp8(torch.randn(tokens, CONFIG.hidden_size, device="cuda").bfloat16())
+    inner = quantize_fp8(torch.randn(len(pairs), CONFIG.intermediate_size, device="cuda").bfloat16())
+    yield lambda: multiply_gate_up(*x, w13["weight"], w13["row_scale"], pairs, experts, num_pairs)
+    yield lambda: multiply_down(*inner, w2["weight"], w2["row_scale"], experts, used)
 
 
 def candidates(scheme: Scheme, weight: str, average: float) -> Iterator[Tile]:

@@ -7,19 +7,21 @@ from torch import Tensor
 
 
 class Choices(Struct, frozen=True):
-    """BF16 values [num_tokens, top_k, hidden_size], and their float32 weights [num_tokens, top_k].
+    """They stand for their weighted sum: in the order of choices, in float32, rounded to BF16 at the end.
 
-    They stand for their weighted sum: in the order of choices, in float32, rounded to BF16 at the end.
+    values BF16 [rows, hidden_size], weights float32 [num_tokens, top_k]; `places` int32 [num_tokens, top_k] says in
+    which row of values a choice lies, where they do not lie token by token.
     """
 
     values: Tensor
     weights: Tensor
+    places: Tensor | None = None
 
     def sum(self) -> Tensor:
         """BF16 [num_tokens, hidden_size]."""
-        from .gpu.grouped_gemm import finalize
+        from .gpu.finalize import finalize
 
-        return finalize(self.values, self.weights)
+        return finalize(self.values, self.weights, self.places)
 
 
 def summed(y: Tensor | Choices) -> Tensor:

@@ -98,7 +98,7 @@ class RoutedExperts:
     @property
     def takes_codes(self) -> bool:
         """Whether x may come as `FP8Rows` with values: not while a meter looks at them."""
-        return self.runner.takes_codes and self.w13.meter is None
+        return self.runner.takes_codes and self.w13.meter is None and self.w2.meter is None
 
     def dispatch(
         self, x: Tensor | FP8Rows, logits: Tensor, bias: Tensor | None = None

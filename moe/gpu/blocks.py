@@ -36,31 +36,39 @@ def _place_kernel(
     rank_ptr,
     pairs_ptr,
     experts_ptr,
+    places_ptr,
+    used_ptr,
     num_pairs,
     num_experts,
     BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Writes a chunk of the pairs to their places; the first program also says which expert owns which block."""
+    """Writes a chunk of the pairs to their places; the first program also says which expert owns which block.
+
+    `places_ptr` gets every pair's place, `used_ptr` the number of blocks that an expert owns.
+    """
     expert = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0)
     pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     exists = pair < num_pairs
     own = tl.load(ids_ptr + pair, mask=exists, other=0).to(tl.int32)
     rank = tl.load(rank_ptr + pair, mask=exists, other=0)
-    blocks, first_block = _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK)
+    blocks, first_block, place = _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK)
+    tl.store(places_ptr + pair, place, mask=exists)
     if tl.program_id(0) == 0:
         _own_blocks(experts_ptr, expert, blocks, first_block)
+        tl.store(used_ptr, tl.sum(blocks, axis=0))
 
 
 @triton.jit
 def _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK: tl.constexpr):
-    """Writes pairs to their places; every expert's number of blocks, and its first one."""
+    """Writes pairs to their places; every expert's number of blocks, its first one, and the places."""
     blocks = (counts + BLOCK - 1) // BLOCK
     first_block = tl.cumsum(blocks, 0) - blocks
-    tl.store(pairs_ptr + tl.gather(first_block, own, 0) * BLOCK + rank, pair, mask=exists)
-    return blocks, first_block
+    place = tl.gather(first_block, own, 0) * BLOCK + rank
+    tl.store(pairs_ptr + place, pair, mask=exists)
+    return blocks, first_block, place
 
 
 @triton.jit
@@ -103,7 +111,7 @@ def _one_program_kernel(
     rank = tl.atomic_add(counts_ptr + own, 1, mask=exists, sem="relaxed")
     tl.debug_barrier()
     counts = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0, cache_modifier=".cg")
-    blocks, first_block = _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK)
+    blocks, first_block, _ = _place(pairs_ptr, counts, pair, exists, own, rank, BLOCK)
     _own_blocks(experts_ptr, expert, blocks, first_block)
 
 
@@ -114,9 +122,9 @@ def make_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
     There are as many blocks as there can be at the most; the expert of those that are not needed is -1.
     """
     num_pairs = ids.numel()
-    num_blocks = num_pairs // block + min(num_experts, num_pairs)
+    num_blocks = count_blocks(num_pairs, num_experts, block)
     if num_pairs > MOST_PAIRS:
-        return _make_many(ids, num_experts, block, num_blocks)
+        return make_placed_blocks(ids, num_experts, block)[:2]
     counts, pairs, experts = (
         torch.empty(size, dtype=torch.int32, device=ids.device)
         for size in (num_experts, num_blocks * block, num_blocks)
@@ -131,20 +139,30 @@ def make_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
     return pairs, experts
 
 
-def _make_many(ids: Tensor, num_experts: int, block: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """In two launches, a program for every `CHUNK` pairs."""
+def count_blocks(num_pairs: int, num_experts: int, block: int) -> int:
+    """How many there can be at the most."""
+    return num_pairs // block + min(num_experts, num_pairs)
+
+
+@on_own_device
+def make_placed_blocks(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `make_blocks` gives, every pair's place among the blocks' int32 [tokens * top_k], and how many blocks are
+    needed, int32 [1]; those come first. For many pairs: in two launches, a program for every `CHUNK` of them.
+    """
     num_pairs, device = ids.numel(), ids.device
+    num_blocks = count_blocks(num_pairs, num_experts, block)
     counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
-    rank = torch.empty(num_pairs, dtype=torch.int32, device=device)
+    rank, places = (torch.empty(num_pairs, dtype=torch.int32, device=device) for _ in range(2))
     pairs = torch.full((num_blocks * block,), num_pairs, dtype=torch.int32, device=device)
     experts = torch.full((num_blocks,), -1, dtype=torch.int32, device=device)
+    used = torch.empty(1, dtype=torch.int32, device=device)
     grid = (-(-num_pairs // CHUNK),)
     _count_kernel[grid](ids, counts, rank, num_pairs, CHUNK=CHUNK)
     _place_kernel[grid](
-        ids, counts, rank, pairs, experts, num_pairs, num_experts,
+        ids, counts, rank, pairs, experts, places, used, num_pairs, num_experts,
         BLOCK=block, EXPERTS=_power_of_two(num_experts), CHUNK=CHUNK,
     )  # fmt: skip
-    return pairs, experts
+    return pairs, experts, places, used
 
 
 def _power_of_two(count: int) -> int:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...quant.gpu.device import on_own_device
-from ...quant.gpu.early import await_inputs, early
+from ...quant.gpu.early import await_inputs
 
 
 @triton.jit
@@ -82,13 +80,18 @@ def grouped_gate_up(
 
 
 @triton.jit
-def store_gated(out_ptr, gate, up, pair, row, exists, inner):
-    """BF16 of gate and up first, as two linears would leave them."""
+def gated(gate, up):
+    """silu(gate) * up as BF16; BF16 of gate and up first, as two linears would leave them."""
     gate = gate.to(tl.bfloat16).to(tl.float32)
     up = up.to(tl.bfloat16).to(tl.float32)
     activated = (gate / (1.0 + tl.exp(0.0 - gate))).to(tl.bfloat16).to(tl.float32)
+    return (activated * up).to(tl.bfloat16)
+
+
+@triton.jit
+def store_gated(out_ptr, gate, up, pair, row, exists, inner):
     target = out_ptr + pair.to(tl.int64)[None, :] * inner + row[:, None]
-    tl.store(target, (activated * up).to(tl.bfloat16), mask=exists[None, :])
+    tl.store(target, gated(gate, up), mask=exists[None, :])
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -126,37 +129,3 @@ def grouped_down(
         x_scale = tl.load(x_scale_ptr + source)[None, :]
         total = total * tl.load(row_scale_ptr + expert * N + row)[:, None] * x_scale
     tl.store(out_ptr + pair.to(tl.int64)[None, :] * N + row[:, None], total.to(tl.bfloat16), mask=exists[None, :])
-
-
-@triton.jit
-def sum_choices(x_ptr, weight_ptr, rows, cols, num_rows, N, TOP_K: tl.constexpr):
-    """Some rows and columns of the weighted sum over choices, in their order, in float32: BF16 [num_rows, TOP_K, N]."""
-    mask = (rows < num_rows)[:, None] & (cols < N)[None, :]
-    total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    for choice in tl.static_range(TOP_K):
-        pair = rows.to(tl.int64) * TOP_K + choice
-        x = tl.load(x_ptr + pair[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += x * tl.load(weight_ptr + pair, mask=rows < num_rows, other=0.0)[:, None]
-    return total.to(tl.bfloat16)
-
-
-@triton.jit
-def finalize_kernel(
-    x_ptr, weight_ptr, out_ptr, num_rows, N, TOP_K: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr
-):
-    """`sum_choices` as BF16 [num_rows, N]."""
-    await_inputs(EARLY)
-    row, cols = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    total = sum_choices(x_ptr, weight_ptr, row, cols, num_rows, N, TOP_K)
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], total, mask=(cols < N)[None, :])
-
-
-@on_own_device
-def finalize(x: Tensor, weights: Tensor) -> Tensor:
-    """BF16 [tokens, top_k, N], float32 [tokens, top_k] -> BF16 [tokens, N]."""
-    tokens, top_k, N = x.shape
-    out = x.new_empty(tokens, N)
-    if tokens:
-        grid = tokens, -(-N // 1024)
-        finalize_kernel[grid](x, weights, out, tokens, N, TOP_K=top_k, COLS=1024, num_warps=4, **early(x))
-    return out

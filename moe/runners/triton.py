@@ -16,7 +16,7 @@ from ...quant.scheme import Stored
 from ..choices import Choices
 from ..config import MoeConfig
 from .reference import expert_shapes
-from .triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES, Tile, Tiles
+from .triton_tiles import BF16_TILES, FP8_TILES, MANY_FROM, MULTIPLE, NVFP4_TILES, Tile, Tiles
 
 TILES: dict[type, dict[str, Tiles]] = {Plain: BF16_TILES, FP8: FP8_TILES, NVFP4: NVFP4_TILES}
 
@@ -95,7 +95,7 @@ class TritonRunner:
         self.config, self.scheme = config, scheme
         self.takes_codes = isinstance(scheme, FP8) and scheme.activation == "per_token"
         self.watch_w2: Callable[[Tensor], None] = lambda x: None
-        self.tiles = TILES[type(scheme)]
+        self.tiles, self.many_from = TILES[type(scheme)], MANY_FROM
         self.w13, self.w2 = (_packer(scheme, shape, dtype, capability) for shape in expert_shapes(config))
 
     @staticmethod
@@ -128,10 +128,32 @@ class TritonRunner:
     def choices(
         self, x: Tensor | FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
     ) -> Choices:
+        if isinstance(x, FP8Rows) and self.takes_blocks(ids.numel()):
+            return self._choices_of_many(x, ids.contiguous(), weights, w13, w2)
         x = x if isinstance(x, FP8Rows) else x.contiguous()
         with torch.cuda.device(ids.device) if ids.is_cuda else nullcontext():
             outs = self._products(x, ids.contiguous(), w13, w2)
-        return Choices(outs.view(*ids.shape, self.config.hidden_size), weights.float().contiguous())
+        return Choices(outs, weights.float().contiguous())
+
+    def takes_blocks(self, num_pairs: int) -> bool:
+        """Whether codes of so many pairs go block by block. No meter looks at what comes in codes."""
+        whole = self.config.hidden_size % MULTIPLE == self.config.intermediate_size % (MULTIPLE // 2) == 0
+        return whole and num_pairs > self.many_from * self.config.num_experts
+
+    def _choices_of_many(
+        self, x: FP8Rows, ids: Tensor, weights: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]
+    ) -> Choices:
+        """Sorted once: what lies between the products stays block after block."""
+        from ...quant.gpu.quantize import quantize_fp8
+        from ..gpu.blocks import make_placed_blocks
+        from ..gpu.fp8_many import TOKENS, multiply_down, multiply_gate_up
+
+        pairs, experts, places, used = make_placed_blocks(ids, self.config.num_experts, TOKENS)
+        codes, scale = quantize_fp8(
+            multiply_gate_up(x.codes, x.scale, w13["weight"], w13["row_scale"], pairs, experts, ids.numel())
+        )
+        out = multiply_down(codes, scale, w2["weight"], w2["row_scale"], experts, used)
+        return Choices(out, weights.float().contiguous(), places.view(ids.shape))
 
     def _products(self, x: Tensor | FP8Rows, ids: Tensor, w13: dict[str, Tensor], w2: dict[str, Tensor]) -> Tensor:
         """What the choices of every token give, BF16 [pairs, hidden_size]."""

@@ -39,6 +39,8 @@ class Tile(NamedTuple):
 # A token's result has the same bits with all tiles of a scheme: both matrix instructions sum BF16 alike, 16 along K
 # after 16. They do not sum FP8 alike: its tiles all take the large one, which needs 64 rows and four warps.
 Tiles = tuple[tuple[float, Tile], ...]
+MANY_FROM = 192  # average pairs an expert; above, FP8 codes go block by block (`moe/gpu/fp8_many.py`)
+MULTIPLE = 256  # of the hidden size, for that; of the intermediate size half of it
 BF16_TILES: dict[str, Tiles] = {
     "w13": (
         (12, Tile(64, 16, 128, 4, 3)),

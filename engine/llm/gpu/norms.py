@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....moe import Choices
-from ....moe.gpu.grouped_gemm import sum_choices
+from ....moe.gpu.finalize import sum_choices
 from ....quant.gpu.device import on_own_device
 from ....quant.gpu.early import await_inputs, early
 from ....quant.gpu.quantize import load_rows, row_tiles, write_fp8
@@ -53,6 +53,7 @@ def _store_rows(x, out_ptr, rows, num_rows, K, BLOCK_K: tl.constexpr):
 def _norm_kernel(
     x_ptr,
     y_ptr,
+    place_ptr,
     choice_ptr,
     weight_ptr,
     static_ptr,
@@ -67,6 +68,7 @@ def _norm_kernel(
     KIND: tl.constexpr,
     ADD: tl.constexpr,
     TOP_K: tl.constexpr,
+    PLACED: tl.constexpr,
     NORMED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     STATIC: tl.constexpr,
@@ -81,7 +83,7 @@ def _norm_kernel(
     x = load_rows(x_ptr, rows, num_rows, K, BLOCK_K, 1)
     if ADD:
         if TOP_K:
-            y = sum_choices(y_ptr, choice_ptr, rows, cols, num_rows, K, TOP_K).to(tl.float32)
+            y = sum_choices(y_ptr, place_ptr, choice_ptr, rows, cols, num_rows, K, TOP_K, PLACED).to(tl.float32)
         else:
             y = load_rows(y_ptr, rows, num_rows, K, BLOCK_K, 1)
         x = (x + y).to(tl.bfloat16).to(tl.float32)
@@ -172,11 +174,12 @@ def _launch(
     rows, block_k, warps = row_tiles(K, 512)
     if not num_rows:
         return
-    values, choice_weights, top_k = (y.values, y.weights, y.weights.shape[1]) if isinstance(y, Choices) else (y, x, 0)
+    values, weights, places = (y.values, y.weights, y.places) if isinstance(y, Choices) else (y, None, None)
     _norm_kernel[(-(-num_rows // rows),)](
         x,
         x if values is None else values.contiguous(),
-        choice_weights,
+        x if places is None else places,
+        x if weights is None else weights,
         weight,
         x if static is None else static,
         x if total is None else total,
@@ -189,12 +192,13 @@ def _launch(
         eps,
         KIND=kind,
         ADD=y is not None,
-        TOP_K=top_k,
+        TOP_K=0 if weights is None else weights.shape[1],
+        PLACED=places is not None,
         NORMED=out is not None,
         QUANTIZE=codes is not None,
         STATIC=static is not None,
         ROWS=rows,
         BLOCK_K=block_k,
-        num_warps=warps if top_k == 0 else min(16, 2 * warps),  # choices are many to load
+        num_warps=warps if weights is None else min(16, 2 * warps),  # choices are many to load
         **early(x),
     )

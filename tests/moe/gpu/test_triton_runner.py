@@ -15,7 +15,7 @@ from rollmill.quant import BF16, FP8, NVFP4, AmaxMeter, Capability, FP8Rows, Pla
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rollmill.moe.gpu import blocks  # noqa: E402 (after the conftest's set-up)
-from rollmill.moe.gpu.blocks import make_blocks  # noqa: E402
+from rollmill.moe.gpu.blocks import make_blocks, make_placed_blocks  # noqa: E402
 from rollmill.quant.gpu.nvfp4_words import in_word_order  # noqa: E402
 from rollmill.quant.gpu.quantize import quantize_fp8  # noqa: E402
 
@@ -232,6 +232,29 @@ def test_blocks_hold_every_pair_once_with_its_expert(
         real = rows[rows < flat.numel()]
         assert expert >= 0 or not len(real)
         assert all(flat[pair] == expert for pair in real.tolist())
+
+
+def test_places_say_where_every_pair_lies():
+    ids = torch.randint(0, 6, (37, 3), generator=torch.Generator().manual_seed(2))
+    pairs, experts, places, used = (t.cpu() for t in make_placed_blocks(ids.to(DEVICE), 8, 16))
+    assert torch.equal(pairs[places.long()], torch.arange(ids.numel(), dtype=torch.int32))
+    assert bool((experts[: used.item()] >= 0).all())
+    assert bool((experts[used.item() :] < 0).all())
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_many_tokens_have_the_bits_of_few(count: int):
+    """Blocks that are not full, experts without tokens."""
+    layer = Layer(SCHEMES["fp8_channel"])
+    x, ids, weights = (part.to(DEVICE) for part in tokens(count, experts=(0, 2, 3)))
+    rows = FP8Rows(*quantize_fp8(x))
+    in_pairs = layer.runner.choices(rows, ids, weights, *layer.packed)
+    layer.runner.many_from = 0
+    in_blocks = layer.runner.choices(rows, ids, weights, *layer.packed)
+    assert in_pairs.places is None
+    assert in_blocks.places is not None
+    assert torch.equal(in_blocks.values[in_blocks.places.long().flatten()], in_pairs.values)
+    assert torch.equal(in_blocks.sum(), in_pairs.sum())
 
 
 def test_the_two_products_may_have_blocks_of_unequal_size():

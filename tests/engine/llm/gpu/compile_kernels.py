@@ -29,6 +29,7 @@ SIZES = {"num_rows": "i32", "K": "i32"}
 TOKEN = {"token_ptr": FP32}
 NORM = {
     **{f"{name}_ptr": BF16 for name in ("x", "y", "weight")},
+    "place_ptr": I32,
     **dict.fromkeys(("choice_ptr", "static_ptr"), FP32),
     **{f"{name}_ptr": BF16 for name in ("sum", "out")},
     "codes_ptr": FP8,
@@ -73,7 +74,15 @@ EARLY = {"EARLY": True}
 ROW = {"ROWS": 1, "BLOCK_K": 2048}  # Qwen3-30B-A3B's hidden size
 WIDE = {"ROWS": 1, "BLOCK_K": 16384}  # the most of an intermediate size
 LARGE = {"ROWS": 1, "BLOCK_K": 8192}  # the hidden size of a 70B model
-NORM_OF = {"KIND": "rms", "ADD": True, "TOP_K": 0, "NORMED": True, "QUANTIZE": False, "STATIC": False} | EARLY
+NORM_OF = {
+    "KIND": "rms",
+    "ADD": True,
+    "TOP_K": 0,
+    "PLACED": False,
+    "NORMED": True,
+    "QUANTIZE": False,
+    "STATIC": False,
+} | EARLY
 HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 4, "HEAD_DIM": 128, "ROTARY_DIM": 128, "COLS": 128, "HEADS": 4} | EARLY
 
 
@@ -104,7 +113,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "add_rms_norm": (norms._norm_kernel, NORM, NORM_OF | ROW, 4),
         "add_rms_norm_quantize_fp8": (norms._norm_kernel, NORM, quantized | ROW, 4),
         "add_rms_norm_quantize_fp8 large": (norms._norm_kernel, NORM, quantized | LARGE, 16),
-        "choices' sum and norm": (norms._norm_kernel, NORM, quantized | ROW | {"TOP_K": 8}, 8),
+        "choices' sum and norm": (norms._norm_kernel, NORM, quantized | ROW | {"TOP_K": 8, "PLACED": True}, 8),
         "norm_rope_write": (qkv._qkv_kernel, QKV, HEADS | {"NORM": "rms", "CACHE": "bf16"}, 2),
         "norm_rope_write partly turned": (qkv._qkv_kernel, QKV, HEADS | partly, 2),
         "norm_rope_write fp8": (qkv._qkv_kernel, fp8_cache, HEADS | {"NORM": "rms", "CACHE": "fp8"}, 2),

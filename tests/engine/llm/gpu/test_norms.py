@@ -79,11 +79,17 @@ def test_sum_and_norm_equal_torch(rows: int, cols: int, kind: NormName):
     assert_as_rounded(out, NORMS[kind](x + y, weight, EPS))
 
 
+@pytest.mark.parametrize("placed", [False, True], ids=["in order", "placed"])
 @shapes
-def test_choices_are_summed_on_the_way(rows: int, cols: int):
+def test_choices_are_summed_on_the_way(rows: int, cols: int, placed: bool):
     x, weight = random(rows, cols), random(cols, seed=1)
-    choices = Choices(random(rows, 3, cols), torch.rand(rows, 3, device=DEVICE))
-    y = (choices.values.double() * choices.weights.double()[..., None]).sum(1)  # float32 may round to the next BF16
+    choices = Choices(random(3 * rows, cols), torch.rand(rows, 3, device=DEVICE))
+    y = choices.values.double().view(rows, 3, cols)
+    if placed:
+        places = torch.randperm(3 * rows, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        choices = Choices(choices.values, choices.weights, places.int().view(rows, 3))
+        y = choices.values.double()[places].view(rows, 3, cols)
+    y = (y * choices.weights.double()[..., None]).sum(1)  # float32 may round to the next BF16
     assert float((choices.sum().double() - y).abs().max()) <= float(y.abs().max()) * 2**-8
     total, out = norms.add_rms_norm(x, choices, weight, EPS, "rms")
     assert same_bits(total, x + choices.sum())
