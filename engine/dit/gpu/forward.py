@@ -94,7 +94,7 @@ class FusedForward:
         start = time.perf_counter()
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
-        if self._place is None:  # a pool lends memory again in the stream it was taken in only
+        if not self._graphs:  # a pool that no graph uses any more takes no other, and lends memory in one stream only
             device = given["hidden_states"].device
             self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         graph = ForwardGraph(forward, given, addresses, *self._place)

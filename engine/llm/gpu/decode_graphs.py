@@ -45,7 +45,7 @@ class DecodeGraphs:
         self.model, self.cache, self.attention = model, cache, attention
         self.sizes = batch_sizes(max_batch_size)
         self._graphs: dict[int, DecodeGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def run(self, ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
         """One new token of each sequence, int64 [num_sequences], -> hidden states [num_sequences, hidden_size], valid
@@ -67,6 +67,8 @@ class DecodeGraphs:
 
     def _capture(self, size: int) -> None:
         start = time.perf_counter()
+        if not self._graphs:  # a pool that no graph uses any more takes no other
+            self._pool = torch.cuda.graph_pool_handle()
         self._graphs[size] = DecodeGraph(self.model, self.cache, self.attention, size, self._pool)
         log.info("captured a decoding step of %d sequences in %.1f s", size, time.perf_counter() - start)
 
