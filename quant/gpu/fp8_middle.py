@@ -131,25 +131,12 @@ def _store(total, row_scale, token_scale, bias_ptr, out_ptr, row, N, inside, BIA
     tl.store(out_ptr, total.to(tl.bfloat16), mask=inside)
 
 
-class Counters:
-    """Zeros in a GPU's memory, that a kernel leaves as it found them. Launches that follow each other take others."""
-
-    SIZE = 1 << 16
-
-    def __init__(self, device: torch.device) -> None:
-        self._zeros, self._next = torch.zeros(self.SIZE, dtype=torch.int32, device=device), 0
-
-    def take(self, count: int) -> Tensor:
-        assert count <= self.SIZE
-        first = self._next if self._next + count <= self.SIZE else 0
-        self._next = first + count
-        return self._zeros[first : first + count]
-
-
 @cache
-def counters(device: torch.device) -> Counters:
-    """A product in parts must have run once before it is captured in a graph, as for Triton's compiler."""
-    return Counters(device)
+def counters(device: torch.device, weight: int, tiles: int) -> Tensor:
+    """Zeros, int32 [tiles], that a kernel leaves as it found them: of the weight at this address, by which an engine
+    multiplies once at a time, whatever other engines and streams are at. A product in parts must have run once before
+    it is captured in a graph, as for Triton's compiler."""
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 @on_own_device
@@ -175,7 +162,7 @@ def middle_tokens(
     parts, count = out, out
     if tile.parts > 1:
         parts = torch.empty(tiles * tile.parts, tile.rows * tile.tokens, dtype=torch.float32, device=codes.device)
-        count = counters(codes.device).take(tiles)
+        count = counters(codes.device, weight.data_ptr(), tiles)
     if M:
         middle_tokens_kernel[(tiles, tile.parts)](
             TensorDescriptor.from_tensor(codes.contiguous(), [tile.tokens, tile.depth]), scale,
