@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rollmill.moe.gpu import grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
+from rollmill.moe.gpu import fp8_many, grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
 from rollmill.quant.gpu import (
     bf16_gemm,
@@ -172,6 +172,35 @@ def fp8_middle_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
     return found
 
 
+def fp8_many_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """The experts' products of many tokens, of Qwen3-30B-A3B's shape."""
+
+    def tiles(kind: str, *shape: int) -> str:
+        return f"tensordesc<{kind}[{', '.join(map(str, shape))}]>"
+
+    def sizes(tile: fp8_many.ManyTile, cols: int) -> dict[str, Any]:
+        own = {"ROWS": tile.rows, "DEPTH": tile.depth, "STAGES": tile.stages, "TURNS": tile.turns}
+        return {"K": cols, "TOKENS": tokens} | own
+
+    tokens, gate_up, down = fp8_many.TOKENS, fp8_many.GATE_UP, fp8_many.DOWN
+    scales, counts = {"x_scale_ptr": "*fp32"}, dict.fromkeys(("num_pairs", "num_blocks"), "i32")
+    first = {"x_ptr": "*fp8e4nv", **scales, "w_map": tiles("fp8e4nv", gate_up.rows, gate_up.depth)}
+    first |= {"row_scale_ptr": "*fp32", "out_map": tiles("bf16", tokens, gate_up.rows)}
+    first |= {"sorted_ptr": "*i32", "expert_ptr": "*i32", **counts, "inner": "i32:16"}
+    second = {"x_map": tiles("fp8e4nv", tokens, down.depth), **scales}
+    second |= {"w_map": tiles("fp8e4nv", down.rows, down.depth), "row_scale_ptr": "*fp32"}
+    second |= {
+        "out_map": tiles("bf16", tokens, down.rows // 2),
+        "expert_ptr": "*i32",
+        "used_ptr": "*i32",
+        "N": "i32:16",
+    }
+    return {
+        "fp8_blocks_gate_up": (fp8_many.gate_up_blocks, first, sizes(gate_up, 2048) | {"TOP_K": 8}, gate_up.warps),
+        "fp8_blocks_down": (fp8_many.down_blocks, second, sizes(down, 768), down.warps),
+    }
+
+
 def bf16_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Every tile of the BF16 product in one order of sums."""
     inputs = {"x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
@@ -251,7 +280,8 @@ def compile_one(
 
 if __name__ == "__main__":
     asked = [(name, parts, int(sm)) for sm in sys.argv[1:] for name, parts in kernels().items()]
-    for found in (dense_kernels(), fp8_few_kernels(), fp8_middle_kernels(), bf16_kernels(), expert_kernels()):
+    fp8 = (fp8_few_kernels(), fp8_middle_kernels(), fp8_many_kernels())
+    for found in (dense_kernels(), *fp8, bf16_kernels(), expert_kernels()):
         asked += [(name, parts, 90) for name, parts in found.items()]
     asked += [(name, parts, 100) for name, parts in expert_kernels().items() if "_bf16_" in name]
     asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]

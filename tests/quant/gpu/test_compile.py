@@ -78,6 +78,14 @@ def test_fp8_products_of_more_tokens_compile_for_hopper_without_spills(compiled:
         assert needs["instructions"] == ["wgmma"], name
 
 
+@pytest.mark.parametrize("kernel", ["gate_up", "down"])
+def test_fp8_products_in_blocks_compile_for_hopper_without_spills(compiled: dict[str, dict[str, Any]], kernel: str):
+    needs = compiled[f"fp8_blocks_{kernel} sm90"]
+    assert needs["STACK"] == needs["LOCAL"] == 0
+    assert needs["shared"] <= SHARED[90]
+    assert needs["instructions"] == ["wgmma"]
+
+
 @pytest.mark.parametrize(("kind", "instruction"), [("few", "mma.sync"), ("many", "wgmma")])
 def test_bf16_products_in_one_order_compile_for_hopper_without_spills(
     compiled: dict[str, dict[str, Any]], kind: str, instruction: str
