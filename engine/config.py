@@ -118,7 +118,8 @@ class EngineConfig(Settings, frozen=True):
     step, so that long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what
     `max_batch_size` sequences can need, 2 GiB at the most); `kv_cache_dtype`: "fp8" keeps them in E4M3 with the
     checkpoint's scales, or 1 where it has none ("auto": as the checkpoint says, else in `dtype`); `prefix_cache`:
-    reuse keys and values of equal beginnings; `attention`: "auto" takes FlashInfer's on a GPU that has it;
+    reuse keys and values of equal beginnings; `attention`: "auto" takes FlashInfer's on a GPU that has it, and on
+    Hopper a kernel of our own to decode;
     `batch_invariant`: a request's tokens and log-probs have the same bits whatever is computed beside it, on a GPU at
     a cost (docs/rollouts.md says what is promised); a choice that cannot is an error; `cuda_graphs`: decoding steps
     as CUDA graphs, there (and forwards of diffusion transformers that have fused kernels); `overlap`: launch a step

@@ -127,6 +127,8 @@ class Backlog:
         if self._targets:
             torch._foreach_copy_(self._targets, self._values)  # pyright: ignore[reportPrivateImportUsage]
             self._targets, self._values = [], []
+            with self.side.beside():  # whatever stream the rest comes in, it is computed after these copies
+                pass
 
     def compute_later(self, call: Callable[[], None], num_bytes: int) -> None:
         """Call it on the side stream, with others; it holds as many bytes of buffers until then."""

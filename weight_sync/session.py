@@ -294,7 +294,7 @@ class WeightSession:
 
     def _close(self) -> None:
         if self._open:
-            self._open, self._staging = False, {}
+            self._open, self._staging, self._backlog = False, {}, None
             if self.mode != "dry" or self.served.open_version == self.version:
                 self.served.open_version = None
             self._gate.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Self
 
@@ -88,7 +89,7 @@ class SlotStaging:
         for start in range(0, units, step):
             part = layout.sorted_rows(stack[start : start + step].detach(), self.slot.shape)
             if part.device != device or part.dtype != dtype or not part.is_contiguous():
-                with self.backlog.side.beside():
+                with self.backlog.side.beside() if self.checks_later else nullcontext():
                     part = part.to(device=device, dtype=dtype).contiguous()
             arrival = Arrival(range(start, start + len(part)), "bf16", {self.primary: part}, unchecked=[(name, part)])
             arrival.borrowed = part.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
@@ -108,6 +109,8 @@ class SlotStaging:
 
     def _input_scale(self, name: str, unit: int, shard: int, value: Tensor) -> None:
         check_shape(name, value, (1,))
+        value = value.to(self.device, torch.float32, copy=True)  # what is checked is what is copied later
+        self.backlog.side.lend([value])
         check_scale(name, value)
         with self.backlog.side.beside():
             scales = self.assembly.own_scale("input_scale")

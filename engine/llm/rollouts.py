@@ -113,10 +113,13 @@ class Rollouts:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """For what reads the weights between two steps, in their stream; until the device has done it."""
-        with self.gate.visit(), self.steps.stream.entered():
+        """For what reads the weights between two steps, in their stream and after what the caller's holds; until the
+        device has done it."""
+        with self.gate.visit():
+            self.steps.stream.follow()
             try:
-                yield
+                with self.steps.stream.entered():
+                    yield
             finally:
                 self.steps.stream.wait()
 
@@ -152,8 +155,8 @@ class Rollouts:
             while self._is_busy():
                 try:
                     self._drive(lambda: self._closed)
-                except Exception as error:  # whoever waits for these requests must hear of it
-                    with self.visit():
+                except Exception as error:  # whoever waits for these requests must hear of it, be the device lost
+                    with self.gate.visit():
                         self._end(lambda request: True, error)
 
     def _is_busy(self) -> bool:
@@ -227,5 +230,9 @@ class Rollouts:
     def close(self) -> None:
         """End all requests and the engine's thread."""
         self._closed = True
-        self.abort(lambda request: True)
-        self._work.set()
+        with self.gate.visit():
+            try:
+                self.steps.finish()
+            finally:  # be the device lost, whoever waits must hear of it
+                self._end(lambda request: True)
+                self._work.set()

@@ -45,7 +45,7 @@ class DecodeGraphs:
         self.model, self.cache, self.attention = model, cache, attention
         self.sizes = batch_sizes(max_batch_size)
         self._graphs: dict[int, DecodeGraph] = {}
-        self._pool: Any = None
+        self._place: Any = None  # of all graphs: pool and stream
 
     def run(self, ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
         """One new token of each sequence, int64 [num_sequences], -> hidden states [num_sequences, hidden_size], valid
@@ -67,16 +67,18 @@ class DecodeGraphs:
 
     def _capture(self, size: int) -> None:
         start = time.perf_counter()
-        if not self._graphs:  # a pool that no graph uses any more takes no other
-            self._pool = torch.cuda.graph_pool_handle()
-        self._graphs[size] = DecodeGraph(self.model, self.cache, self.attention, size, self._pool)
+        if not self._graphs:  # a pool that no graph uses any more takes no other, and lends memory in one stream only
+            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.model.device)
+        self._graphs[size] = DecodeGraph(self.model, self.cache, self.attention, size, *self._place)
         log.info("captured a decoding step of %d sequences in %.1f s", size, time.perf_counter() - start)
 
 
 class DecodeGraph:
     """One batch size."""
 
-    def __init__(self, model: Decoder, cache: KVCache, attention: GraphAttention, size: int, pool: Any) -> None:
+    def __init__(
+        self, model: Decoder, cache: KVCache, attention: GraphAttention, size: int, pool: Any, stream: Any
+    ) -> None:
         self.model, self.cache, device = model, cache, model.device
         self.ids = torch.zeros(size, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
@@ -84,14 +86,13 @@ class DecodeGraph:
         self.attend = attention.decode_step(size, size * longest)
         self.graph = torch.cuda.CUDAGraph()
         self.attend.plan([])
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles what compiles on first use
                 self._forward()
         torch.cuda.current_stream(device).wait_stream(stream)
         # a swap in another thread takes memory meanwhile, which the default mode forbids to all threads
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.hidden = self._forward()
 
     def _forward(self) -> Tensor:

@@ -102,7 +102,7 @@ def token_tables(
 def prompt_tables(spans: Sequence[Span], rows: Sequence[int], group: int, shape: Shape = SHAPE) -> tuple[Numbers, ...]:
     """What `Prompts` holds, of spans whose first tokens lie in these rows of q; the last tokens of each come first,
     which see the most keys."""
-    tokens = shape.prompt_rows // group
+    tokens = max(1, shape.prompt_rows // group)
     tiles = [
         (index, row + at, span.start + at, min(tokens, span.end - span.start - at))
         for index, (span, row) in enumerate(zip(spans, rows, strict=True))
@@ -133,6 +133,11 @@ def _options(spec: AttentionSpec, num_heads: int, shape: Shape) -> dict[str, int
     }
 
 
+def _rows_of(q: Tensor, spec: AttentionSpec) -> int:
+    """The power of two that a token's heads of a group fit into."""
+    return 1 << (q.shape[1] // spec.num_kv_heads - 1).bit_length()
+
+
 def _numbers(spec: AttentionSpec, stride: int) -> tuple[float, float, int, int]:
     """Scale, softcap, stride of the cache and window, as kernels take them."""
     scale = spec.scale if spec.softcap is not None else spec.scale * LOG2E.value
@@ -147,7 +152,7 @@ def attend_prompts(
     prompt_kernel[(spec.num_kv_heads, len(prompts.tiles))](
         q, keys, values, out, prompts.tiles, prompts.first_page, prompts.pages,
         *_numbers(spec, keys.stride(0)),
-        M=shape.prompt_rows, STAGES=shape.prompt_stages, num_warps=shape.warps("prompt", q.shape[2]),
+        M=max(shape.prompt_rows, _rows_of(q, spec)), STAGES=shape.prompt_stages, num_warps=shape.warps("prompt", q.shape[2]),
         **_options(spec, q.shape[1], shape), **early(q),
     )  # fmt: skip
 
@@ -171,7 +176,7 @@ def attend_tokens(
         q, keys, values, out, scratch.peaks, scratch.masses, scratch.totals, scratch.ended,
         tokens.items, tokens.sequences, tokens.first_item, tokens.pages, num_sequences,
         *_numbers(spec, keys.stride(0)),
-        M=max(8, 1 << (num_heads // spec.num_kv_heads - 1).bit_length()),
+        M=max(8, _rows_of(q, spec)),
         STAGES=shape.whole_stages if whole else shape.part_stages,
         num_warps=shape.warps("whole" if whole else "part", q.shape[2]), **options, **early(q),
     )  # fmt: skip
@@ -246,7 +251,8 @@ class FixedDecode(FixedStep):
     def __init__(self, owner: FixedAttention, batch_size: int, max_pages: int) -> None:
         self.cache, self.scratch, self.prompts, device = owner.cache, owner.scratch, None, owner.device
         self.batch_size, self.kv_heads = batch_size, owner.kv_heads
-        num_items = max(batch_size, min(SHAPE.items, -(-max_pages * PAGE_SIZE // SHAPE.part)))
+        parts = batch_size + max_pages * PAGE_SIZE // SHAPE.part  # of all sequences: each one's last may be short
+        num_items = max(batch_size, min(SHAPE.items, parts))
         sizes = [-(-size // 4) * 4 for size in (3 * batch_size, batch_size + 1, 3 * num_items, max_pages)]
         self._all = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         self._parts = sequences, first_item, items, pages = self._all.split(sizes)
@@ -261,7 +267,8 @@ class FixedDecode(FixedStep):
         tables = token_tables(spans, range(len(spans)), self.kv_heads)
         whole = np.zeros(sum(len(part) for part in self._parts[:-1]) + tables[-1].size, dtype=np.int32)
         at = np.cumsum([0, *(len(part) for part in self._parts[:-1])])
-        for start, table in zip(at, tables, strict=True):  # one copy of all, the pages at the end
+        for start, table, part in zip(at, tables, self._parts, strict=True):  # one copy of all, the pages at the end
+            assert table.size <= len(part)
             whole[start : start + table.size] = table.ravel()
         self._all[: len(whole)].copy_(_pinned(whole, self._all.device), non_blocking=True)
         self.slots.copy_(upload(slots_of(spans), self.slots.device))

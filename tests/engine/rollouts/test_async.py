@@ -76,6 +76,27 @@ def test_what_comes_back_can_be_used_in_a_loss(open_engine, make_prompts):
         assert torch.equal(new.grad, out.logprobs)
 
 
+def test_a_lost_device_is_told_to_who_waits(open_engine, monkeypatch):
+    """After a fault of the GPU even waiting for it fails."""
+    engine = open_engine()
+
+    def lost(what):
+        def fail(*_):
+            raise RuntimeError(f"the device is lost: {what}")
+
+        return fail
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.rollouts.steps, "step", lost("a step"))
+        broken.setattr(engine.rollouts.steps, "finish", lost("a wait"))
+        with pytest.raises(RuntimeError, match="the device is lost") as caught:
+            run(asyncio.wait_for(engine.agenerate([1, 2, 3], GREEDY), 5))
+    told = [caught.value]  # giving the request up fails, too
+    while told[-1].__context__ is not None:
+        told.append(told[-1].__context__)
+    assert "the device is lost: a step" in map(str, told)
+
+
 def test_cancelling_a_task_frees_its_pages(open_engine, watch, wait_for, all_pages_are_back):
     engine = open_engine()
     steps = watch(engine)

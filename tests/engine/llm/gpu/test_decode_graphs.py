@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from rollmill.engine.llm.gpu import decode_graphs  # noqa: E402 (after the conftest's set-up)
 from rollmill.engine.llm.paged_attention import Span  # noqa: E402
 
+MODEL = SimpleNamespace(device=torch.device("cpu"))
+
 
 @pytest.fixture
 def captured(monkeypatch):
@@ -19,7 +22,7 @@ def captured(monkeypatch):
     seen, handles = [], itertools.count()
 
     class Graph:
-        def __init__(self, model, cache, attention, size, pool):
+        def __init__(self, model, cache, attention, size, pool, stream):
             seen.append((size, pool))
             if size == 4 and len(seen) == 1:
                 raise MemoryError
@@ -29,6 +32,7 @@ def captured(monkeypatch):
 
     monkeypatch.setattr(decode_graphs, "DecodeGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     return seen
 
 
@@ -37,7 +41,7 @@ def decode(graphs, count):
 
 
 def test_graphs_share_a_pool_until_they_are_forgotten(captured):
-    graphs = decode_graphs.DecodeGraphs(None, None, None, 8)
+    graphs = decode_graphs.DecodeGraphs(MODEL, None, None, 8)
     for count in (1, 2, 1):
         decode(graphs, count)
     graphs.forget()
@@ -46,7 +50,7 @@ def test_graphs_share_a_pool_until_they_are_forgotten(captured):
 
 
 def test_a_pool_whose_first_capture_failed_is_given_up(captured):
-    graphs = decode_graphs.DecodeGraphs(None, None, None, 8)
+    graphs = decode_graphs.DecodeGraphs(MODEL, None, None, 8)
     with pytest.raises(MemoryError):
         decode(graphs, 4)
     decode(graphs, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from msgspec import Struct
@@ -152,6 +154,22 @@ def test_tables_of_single_tokens():
     assert whole[2].tolist() == [[0, 0, 1], [1, 0, 1], [2, 0, 3]]
     many = fixed.token_tables(spans, [2, 0, 1], 4, fixed.Shape(enough=12))
     assert many[2].tolist() == whole[2].tolist()
+
+
+@pytest.mark.parametrize(("batch", "length"), [(24, 2000), (16, 1040), (8, 4112), (3, 16)])
+def test_tables_of_a_graph_have_room_for_every_part(batch, length):
+    """Of sequences that are as long as can be, and whose last parts are short."""
+    owner = SimpleNamespace(cache=None, scratch=None, device=torch.device("cpu"), kv_heads=2)
+    pages = -(-length // PAGE_SIZE)
+    decode = fixed.FixedDecode(owner, batch, batch * pages)
+    spans = [Span(list(range(at * pages, (at + 1) * pages)), length - 1, length) for at in range(batch)]
+    decode.plan(spans)
+    sequences, first_item, items, used = fixed.token_tables(spans, range(batch), 2)
+    tokens = decode.tokens
+    assert tokens.sequences.tolist() == sequences.tolist()
+    assert tokens.first_item[: batch + 1].tolist() == first_item.tolist()
+    assert tokens.items[: len(items)].tolist() == items.tolist()
+    assert tokens.pages[: len(used)].tolist() == used.tolist()
 
 
 def test_tables_of_prompts():
