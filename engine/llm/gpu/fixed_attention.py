@@ -152,7 +152,8 @@ def attend_prompts(
     prompt_kernel[(spec.num_kv_heads, len(prompts.tiles))](
         q, keys, values, out, prompts.tiles, prompts.first_page, prompts.pages,
         *_numbers(spec, keys.stride(0)),
-        M=max(shape.prompt_rows, _rows_of(q, spec)), STAGES=shape.prompt_stages, num_warps=shape.warps("prompt", q.shape[2]),
+        M=max(shape.prompt_rows, _rows_of(q, spec)), STAGES=shape.prompt_stages,
+        num_warps=shape.warps("prompt", q.shape[2]),
         **_options(spec, q.shape[1], shape), **early(q),
     )  # fmt: skip
 
@@ -169,7 +170,7 @@ def attend_tokens(
     shape: Shape = SHAPE,
 ) -> None:
     """The same of single tokens; `scratch` has room for as many items as there can be."""
-    options, num_sequences, num_heads = _options(spec, q.shape[1], shape), len(tokens.sequences), q.shape[1]
+    options, num_sequences = _options(spec, q.shape[1], shape), len(tokens.sequences)
     whole = num_sequences * spec.num_kv_heads >= shape.enough
     programs = min(len(tokens.items), max(1, shape.programs // spec.num_kv_heads))
     token_kernel[(spec.num_kv_heads, programs)](
