@@ -206,12 +206,8 @@ class LanguageEngine(Engine):
         self.rollouts.resume()
 
     def sleep(self, tags: Sequence[SleepTag] = get_args(SleepTag)) -> None:
-        rollouts = self._opened()
-        with rollouts.visit():
-            try:
-                super().sleep(tags)
-            finally:  # before anything wakes: what they read has gone
-                rollouts.forget_graphs()
+        super().sleep(tags)
+        self.rollouts.forget_graphs()  # before anything wakes: what they read has gone
 
     def _free_cache(self) -> None:
         self.rollouts.free_cache()
