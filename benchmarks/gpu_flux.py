@@ -89,10 +89,10 @@ def diffusers_model(config: dict[str, Any]) -> Any:
 
 
 def profile(step: Callable[[], Any], most: int = 24) -> None:
-    """GPU time of a step by kernel."""
+    """GPU time of a step by kernel, of a GPU that is as warm as while steps are timed."""
     from torch.profiler import ProfilerActivity, profile as torch_profile
 
-    step()
+    timed(step, 20)
     with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         step()
         torch.cuda.synchronize()

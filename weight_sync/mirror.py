@@ -15,6 +15,7 @@ from .errors import StagingMemoryError
 log = logging.getLogger("rollmill")
 
 SLAB = 1 << 28  # bytes; a power of two, as torch rounds pinned memory up to
+PIECE = 1 << 25  # bytes that a running step's tokens may have to wait for: a GPU copies to its host one after the other
 
 
 class Mirror:
@@ -100,16 +101,18 @@ class Mirror:
                 for part, place in self._parts(raw, start):
                     source, target = (place, part) if back else (part, place)
                     target.copy_(source, non_blocking=self._pinned)
-                start += tensor.nbytes
+                    start += len(part)
+                    if start % PIECE == 0 and not back:
+                        self._wait()
 
     def _parts(self, raw: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of a tensor and their places in the slabs."""
+        """A tensor, cut where pieces and slabs end, and its places in the slabs."""
         done = 0
         while done < len(raw):
             slab, offset = divmod(start + done, SLAB)
-            place = self._slabs[slab][offset : offset + len(raw) - done]
-            yield raw[done : done + len(place)], place
-            done += len(place)
+            size = min(len(raw) - done, SLAB - offset, PIECE - (start + done) % PIECE)
+            yield raw[done : done + size], self._slabs[slab][offset : offset + size]
+            done += size
 
     def _wait(self) -> None:
         if self._stream is not None:

@@ -175,6 +175,36 @@ def test_tensors_lie_across_slabs(size, scheme, cold_load, snapshot, weights_a, 
     assert policy.mirror_bytes == held
 
 
+def test_a_step_waits_for_one_piece_of_the_mirror_at_the_most(cold_load, snapshot, weights_a, weights_b, monkeypatch):
+    """A GPU's copies to its host come one after the other: a step's tokens among those that are not yet asked for."""
+    monkeypatch.setattr(mirror, "PIECE", 10_000)
+    policy = cold_load(NVFP4_TOKEN, weights_a, "host")
+    policy.mirror.complete()
+    before, pieces = snapshot(policy), [0]
+    parts, wait = Mirror._parts, Mirror._wait
+
+    def counted(self, raw, start):
+        for part, place in parts(self, raw, start):
+            pieces[-1] += len(part)
+            yield part, place
+
+    def waited(self):
+        wait(self)
+        pieces.append(0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Mirror, "_parts", counted)
+        patched.setattr(Mirror, "_wait", waited)
+        policy.mirror.renew(policy.plan.slots)
+        policy.mirror.complete()
+    held = sum(t.nbytes for slot in policy.plan.slots for t in (*slot.tensors.values(), *slot.scales.values()))
+    assert sum(pieces) == held
+    assert max(pieces) == 10_000
+    with pytest.raises(TransportError):
+        policy.update(dying(weights_b, 15), "2")
+    assert snapshot(policy) == before
+
+
 def test_a_host_without_room_says_what_would_fit(cold_load, snapshot, weights_a, weights_b, monkeypatch):
     policy = cold_load(NVFP4_TOKEN, weights_a, "host")
     policy.mirror.complete()
