@@ -3,13 +3,14 @@
     scale_q = sqrt(head_dim) max |norm weights| / 448   so for k: what is normed and rotated is never larger
     scale_v = max |v| / 448                             of a head's tile of 128 keys; 2^-126 at the least
     x = log2(e) q k^T scale_q scale_k / sqrt(head_dim) - m,   m: the row's maximum over the tiles so far
-    bits of p = round(8 (x + 15 - 0.043)), 0 at the least
+    bits of p = round(128 float16(y)),   y = (x + 15 - 0.043) / 16, 0 at the least
     out = sum p v scale_v / sum p
 
 q, k and v are E4M3 codes, rounded once from what BF16 attention reads. So is p, of 2^(x + 8): E4M3's eight steps an
 octave are laid evenly over its logarithm, which needs no exponential (Schraudolph, 1999; 0.043 halves the error); below
-2^-15 of a row's maximum there is nothing. Sums are float32; on a GPU those of p v stay in the tensor cores, which keep
-fewer bits. Tiles come in the order last, first, second, ... Scales of v below 2^-32 of a head's largest count as that.
+2^-15 of a row's maximum there is nothing. Sums are float32; on a GPU those within a tile stay in the tensor cores,
+which keep fewer bits. Tiles come in the order last, first, second, ... Scales of v below 2^-32 of a head's largest
+count as that.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _attend_head(codes: AttentionCodes, sample: int, head: int) -> Tensor:
 
 def _probabilities(x: Tensor) -> Tensor:
     """256 2^x in E4M3, as float32."""
-    bits = (8 * (x + P_BIAS)).clamp(min=0).round()
+    bits = (128 * ((x + P_BIAS) / 16).clamp(min=0).half().float()).round()
     return bits.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 

@@ -2,8 +2,8 @@
 
 A program computes 128 queries of a head. One warp brings tiles of keys and values; two warp groups, 64 queries each,
 multiply them: the scores of one tile, then the values of the tile before. While one group lays out probabilities, the
-tensor cores work for the other one. The last tile comes first: it alone may be short. Values are summed in the tensor
-cores, which keep few bits.
+tensor cores work for the other one. The last tile comes first: it alone may be short. The tensor cores, which keep few
+bits of a sum, add within a tile, probabilities too (as a product with ones); tiles are added in float32.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -39,7 +39,7 @@ OPTIONS = {"STAGES": 3, "REGISTERS": 240}  # tiles on their way; registers of a 
 LAUNCH = {"num_warps": 4, "maxnreg": 168}  # of the first group; registers of every thread at the start
 P_BIAS = gl.constexpr(fp8_attention.P_BIAS)
 LEAST_LOG = gl.constexpr(math.log2(fp8_attention.LEAST_RATIO))
-TWO_60 = gl.constexpr(2.0**60)
+ONE = gl.constexpr(0x38)  # of E4M3
 
 
 @gluon.jit
@@ -57,6 +57,29 @@ def _saturated(x, scale, bias):
     """x * scale + bias, from 0 to 1."""
     return gl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, scale, bias], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _bits_of_p(y):
+    """float32 y from 0 to 1 -> 8 + y as float16, whose low seven bits are 128 y, rounded."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .b32 both, eight;
+        mov.b32 eight, 0x48004800;
+        cvt.rn.f16x2.f32 both, $2, $1;
+        add.rn.f16x2 $0, both, eight; }""",
+        "=r,f,f",
+        [y],
+        dtype=gl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _low_bytes(x):
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [x], dtype=gl.uint8, is_pure=True, pack=4
     )
 
 
@@ -87,16 +110,12 @@ def _bring(
 
 
 @gluon.jit
-def _probabilities(s, m, total, factor):
-    """Scores of a tile -> 2^23 + the bits of p, float32: one sum rounds; alpha, the new maximum and sum of a row."""
+def _probabilities(s, m, factor):
+    """Scores of a tile -> p as `_bits_of_p` gives them, alpha and the new maximum of a row."""
     new_m = gl.maximum(m, gl.max(s, 1) * factor)
-    alpha = _exp2(m - new_m)
     bias = (P_BIAS - new_m) * 0.0625
     y = _saturated(s, gl.full_like(s, 1.0) * (factor * 0.0625), gl.expand_dims(bias, 1) + gl.zeros_like(s))
-    p = gl.fma(y, gl.full_like(s, 128.0), gl.full_like(s, 8388608.0))
-    small = (p.to(gl.int32, bitcast=True) << 20).to(gl.float32, bitcast=True)  # E4M3's value times 2^-120
-    total = total * alpha + gl.sum(small, 1) * TWO_60 * TWO_60
-    return p, alpha, new_m, total
+    return _bits_of_p(y), _exp2(m - new_m), new_m
 
 
 @gluon.jit
@@ -104,10 +123,9 @@ def _codes(p, LAYOUT: gl.constexpr):
     """As the second product reads them: 16 keys in the order of `V_ORDER`, so that nothing moves between threads."""
     M: gl.constexpr = p.shape[0]
     N: gl.constexpr = p.shape[1]
-    codes = p.to(gl.int32, bitcast=True).to(gl.uint8).to(gl.float8e4nv, bitcast=True)
-    codes = gl.reshape(codes, [M, N // 16, 2, 4, 2])
-    codes = gl.reshape(gl.permute(codes, [0, 1, 3, 2, 4]), [M, N])
-    return gl.convert_layout(codes, LAYOUT, assert_trivial=True)
+    p = gl.reshape(p, [M, N // 16, 2, 4, 2])
+    p = gl.reshape(gl.permute(p, [0, 1, 3, 2, 4]), [M, N])
+    return _low_bytes(gl.convert_layout(p, LAYOUT, assert_trivial=True)).to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit
@@ -123,50 +141,64 @@ def _log_unit(v_scales_ptr, tile, least):
 
 
 @gluon.jit
+def _sums(codes, ones, none):
+    """Of the rows of `codes`, in every column."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, none.type.layout, 4)
+    codes = gl.convert_layout(codes, LEFT, assert_trivial=True)
+    return warpgroup_mma(codes, ones.permute((1, 0)), none, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _multiply(
-    q, k, v, q_full, full, empty, out_ptr, v_scales_ptr, factor, least, tokens, first, tiles, row_stride,
+    q, k, v, ones, q_full, full, empty, out_ptr, v_scales_ptr, factor, least, tokens, first, tiles, row_stride,
     GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One of the two warp groups. `out` is in units of the scale of v of the tile that it takes next."""
+    """One of the two warp groups. `out` (in units of the scale of v of its last tile) and `total` lack the tile whose
+    values are multiplied."""
     ROWS: gl.constexpr = q.shape[1]
     D: gl.constexpr = q.shape[2]
+    SUMS: gl.constexpr = ones.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    TOTAL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SUMS, 32])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     m = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
     out = gl.zeros([ROWS, D], gl.float32, OUT)
-    zeros = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    total = gl.zeros([ROWS, SUMS], gl.float32, TOTAL)
+    no_s, no_out, no_total = gl.zeros([ROWS, KEYS], gl.float32, SCORES), out, total
     mine = q.index(GROUP)
     log_unit = _log_unit(v_scales_ptr, tiles - 1, least)
     mbarrier.wait(q_full.index(GROUP), 0)
     mbarrier.wait(full.index(0), 0)
-    s = warpgroup_mma(mine, k.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma(mine, k.index(0).permute((1, 0)), no_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(empty.index(0), count=1)
     cols = (tiles - 1) * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
     s = gl.where((cols < tokens)[None, :], s, -float("inf"))
-    p, alpha, m, total = _probabilities(s, m, total, factor)
+    p, alpha, m = _probabilities(s, m, factor)
+    shift = 1.0
     mbarrier.wait(full.index(1 % STAGES), 0)
     for step in range(1, tiles):
         stage = step % STAGES
         before = log_unit
         log_unit = _log_unit(v_scales_ptr, step - 1, least)
-        s = warpgroup_mma(mine, k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         codes = _codes(p, LEFT)
-        out = warpgroup_mma(codes, v.index(stage).permute((1, 0)), out, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        p, alpha, m, total = _probabilities(s, m, total, factor)
-        shift = _exp2(before - log_unit)
-        # this wait ends a block of instructions: not all of what is above is put behind the next one
+        s = warpgroup_mma(mine, k.index(stage).permute((1, 0)), no_s, use_acc=False, is_async=True)
+        part = warpgroup_mma(codes, v.index(stage).permute((1, 0)), no_out, use_acc=False, is_async=True)
+        sums = _sums(codes, ones, no_total)
+        s = warpgroup_mma_wait(2, deps=[s])
+        p, new_alpha, m = _probabilities(s, m, factor)
         mbarrier.wait(full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)
-        out, p = warpgroup_mma_wait(0, deps=[out, p])
+        part, sums = warpgroup_mma_wait(0, deps=[part, sums])
         mbarrier.arrive(empty.index(stage), count=1)
-        out = _rescaled(out, alpha * shift)
+        out, total = _rescaled(out, alpha * shift) + part, _rescaled(total, alpha) + sums
+        alpha, shift = new_alpha, _exp2(before - log_unit)
     codes = _codes(p, LEFT)
-    out = warpgroup_mma(codes, v.index(tiles % STAGES).permute((1, 0)), out, is_async=True)
-    out = warpgroup_mma_wait(0, deps=[out])
-    out = _rescaled(out, _exp2(log_unit) / total)
+    part = warpgroup_mma(codes, v.index(tiles % STAGES).permute((1, 0)), no_out, use_acc=False, is_async=True)
+    sums = _sums(codes, ones, no_total)
+    part, sums = warpgroup_mma_wait(0, deps=[part, sums])
+    out, total = _rescaled(out, alpha * shift) + part, _rescaled(total, alpha) + sums
+    out = _rescaled(out, _exp2(log_unit) / gl.max(total, 1))
     rows = first + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
     cols = gl.arange(0, D, gl.SliceLayout(0, OUT))
     place = out_ptr + rows.to(gl.int64)[:, None] * row_stride + cols[None, :]
@@ -187,6 +219,11 @@ def _flash_kernel(
     q = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, D], k_desc.layout)
     v = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, KEYS], v_desc.layout)
+    ones = gl.allocate_shared_memory(
+        gl.float8e4nv, [8, KEYS], gl.NVMMASharedLayout.get_default_for([8, KEYS], gl.float8e4nv)
+    )
+    one = gl.full([8, KEYS], ONE, gl.uint8, gl.BlockedLayout([1, 4], [4, 8], [1, 4], [1, 0]))
+    ones.store(one.to(gl.float8e4nv, bitcast=True))  # from bits: the assembler loses half of a float32 one's
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -203,9 +240,9 @@ def _flash_kernel(
     factor *= gl.load(qk_scales_ptr) * gl.load(qk_scales_ptr + 1)
     out_ptr += (head // num_heads * tokens).to(gl.int64) * num_heads * D + head % num_heads * D
     gl.warp_specialize([
-        (_multiply, (q, k, v, q_full, full, empty, out_ptr, v_scales_ptr, factor, least, tokens, first, tiles,
+        (_multiply, (q, k, v, ones, q_full, full, empty, out_ptr, v_scales_ptr, factor, least, tokens, first, tiles,
                      num_heads * D, 0, KEYS, STAGES)),
-        (_multiply, (q, k, v, q_full, full, empty, out_ptr, v_scales_ptr, factor, least, tokens, first, tiles,
+        (_multiply, (q, k, v, ones, q_full, full, empty, out_ptr, v_scales_ptr, factor, least, tokens, first, tiles,
                      num_heads * D, 1, KEYS, STAGES)),
         (_bring, (q_desc, k_desc, v_desc, q, k, v, q_full, full, empty, head * tokens + first, head * tokens, head * D,
                   tiles, ROWS, KEYS, STAGES)),

@@ -24,6 +24,8 @@ from ..fp8_attention import TILE, AttentionCodes, norm_factor
 from .streams import Streams, find_row
 
 LEAST_SCALE = tl.constexpr(fp8_attention.LEAST_SCALE)
+ROWS, HEADS = 4, 8  # of a program
+V_WARPS = 16  # fewer spill
 
 
 @triton.jit
@@ -67,16 +69,20 @@ def _qk_rope_kernel(
     share,
     eps,
     factor,
+    num_rows,
     PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     COLS: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """A program a row and one of q, k, v; [HEADS, COLS] words. v is copied. CODES: q and k only, to out as E4M3 and
-    scales."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, COLS)[None, :]
-    inside = (head < num_heads) & (pair < PAIRS)
+    """A program some rows and heads of one of q, k, v; [HEADS, ROWS, COLS] words. v is copied. CODES: q and k only, to
+    out as E4M3 and scales."""
+    part = tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None, None]
+    pair = tl.arange(0, COLS)[None, None, :]
+    inside = (row < num_rows) & (head < num_heads) & (pair < PAIRS)
     stream, sample, position = find_row(row, batch, text, image)
     joint = sample * (text + image) + position
     within = (part * num_heads + head) * PAIRS + pair
@@ -90,19 +96,18 @@ def _qk_rope_kernel(
             text_weight = tl.load(text_k_ptr + pair, mask=pair < PAIRS, other=0)
             image_weight = tl.load(image_k_ptr + pair, mask=pair < PAIRS, other=0)
         weight = tl.where(stream == 0, text_weight, image_weight)
-        cos = tl.load(cos_ptr + position * PAIRS + pair, mask=pair < PAIRS, other=0.0)
-        sin = tl.load(sin_ptr + position * PAIRS + pair, mask=pair < PAIRS, other=0.0)
+        turned = (row < num_rows) & (pair < PAIRS)
+        cos = tl.load(cos_ptr + position * PAIRS + pair, mask=turned, other=0.0)
+        sin = tl.load(sin_ptr + position * PAIRS + pair, mask=turned, other=0.0)
         low, high = _low(word), _high(word)
-        inverse = tl.rsqrt(tl.sum(low * low + high * high, axis=1) * share + eps)[:, None]
+        inverse = tl.rsqrt(tl.sum(low * low + high * high, axis=2, keep_dims=True) * share + eps)
         low, high = _rounded(low * inverse * _low(weight)), _rounded(high * inverse * _high(weight))
         low, high = low * cos - high * sin, high * cos + low * sin
         if CODES:
-            scale = _norm_scale(text_weight, image_weight, factor)
-            if row == 0:
+            scale = _norm_scale(tl.reshape(text_weight, (1, COLS)), tl.reshape(image_weight, (1, COLS)), factor)
+            if tl.program_id(0) + tl.program_id(1) == 0:
                 tl.store(scales_ptr + part + tl.arange(0, 1), scale)
-            scale = scale + tl.zeros((HEADS,), tl.float32)
-            low = fp8_codes(_rounded(low), scale).to(tl.uint8, bitcast=True).to(tl.uint16)
-            high = fp8_codes(_rounded(high), scale).to(tl.uint8, bitcast=True).to(tl.uint16)
+            low, high = _codes(low, scale), _codes(high, scale)
             length = text + image
             place = ((part * batch + sample) * num_heads + head).to(tl.int64) * length + position
             tl.store(out_ptr + place * PAIRS + pair, (low | (high << 8)).to(tl.int16, bitcast=True), mask=inside)
@@ -110,6 +115,13 @@ def _qk_rope_kernel(
             word = _word(low, high)
     if not CODES:
         tl.store(out_ptr + joint.to(tl.int64) * row_words + within, word, mask=inside)
+
+
+@triton.jit
+def _codes(x, scale):
+    """float32 x [HEADS, ROWS, COLS], rounded to BF16 first, scale [1] -> codes, uint16."""
+    flat = tl.reshape(_rounded(x), (x.shape[0] * x.shape[1], x.shape[2]))
+    return tl.reshape(fp8_codes(flat, scale).to(tl.uint8, bitcast=True).to(tl.uint16), x.shape)
 
 
 @triton.jit
@@ -147,7 +159,7 @@ def _v_kernel(
     amax = tl.max(tl.max(tl.abs(v), axis=1), axis=0, keep_dims=True)
     scale = tl.maximum(tl.div_rn(amax, 448.0 + amax * 0), LEAST_SCALE, propagate_nan=tl.PropagateNan.ALL)
     tl.store(scales_ptr + tl.program_id(1) * tl.num_programs(0) + tile + tl.arange(0, 1), scale)
-    codes = tl.trans(fp8_codes(v, scale + tl.zeros((TILE,), tl.float32)))
+    codes = tl.trans(fp8_codes(v, scale))
     length = tl.num_programs(0) * TILE
     first = (tl.program_id(1) * head_dim).to(tl.int64)
     out = codes_ptr + (first + col)[:, None] * length + (tile * TILE + place)[None, :]
@@ -182,7 +194,7 @@ def qkv_codes(
     _launch(qkv, weights, cos, sin, streams, eps, qk.view(torch.int16), qk_scales)
     _v_kernel[(tiles, batch * num_heads)](
         qkv[:, 2 * num_heads * head_dim :], v, v_scales, batch, streams.text, streams.image, num_heads, qkv.shape[1],
-        head_dim, TILE=TILE, COLS=triton.next_power_of_2(head_dim), num_warps=16,
+        head_dim, TILE=TILE, COLS=triton.next_power_of_2(head_dim), num_warps=V_WARPS,
     )  # fmt: skip
     return AttentionCodes(qk[0], qk[1], v, qk_scales, v_scales)
 
@@ -198,9 +210,10 @@ def _launch(
     num_heads = words.shape[1] // (3 * pairs)
     assert qkv.is_contiguous()
     assert all(part.is_contiguous() and len(part) == streams.text + streams.image for part in (cos, sin))
-    copies_v = scales is None and out.data_ptr() != qkv.data_ptr()
-    _qk_rope_kernel[(streams.num_rows, 3 if copies_v else 2)](
+    parts = 3 if scales is None and out.data_ptr() != qkv.data_ptr() else 2  # v, too
+    heads = min(HEADS, triton.next_power_of_2(num_heads))
+    _qk_rope_kernel[(triton.cdiv(streams.num_rows, ROWS), triton.cdiv(num_heads, heads), parts)](
         words, out, words if scales is None else scales, *norms, cos, sin, streams.batch, streams.text, streams.image,
-        num_heads, 1 / (2 * pairs), eps, norm_factor(2 * pairs), PAIRS=pairs, HEADS=triton.next_power_of_2(num_heads),
+        num_heads, 1 / (2 * pairs), eps, norm_factor(2 * pairs), streams.num_rows, PAIRS=pairs, ROWS=ROWS, HEADS=heads,
         COLS=triton.next_power_of_2(pairs), CODES=scales is not None, num_warps=4,
     )  # fmt: skip

@@ -43,8 +43,9 @@ ROPE = {
     **dict.fromkeys(("cos_ptr", "sin_ptr"), FP32),
     **dict.fromkeys(("batch", "text", "image", "num_heads"), "i32"),
     **dict.fromkeys(("share", "eps", "factor"), "fp32"),
+    "num_rows": "i32",
 }
-HEADS = {"PAIRS": 64, "HEADS": 32, "COLS": 64}
+HEADS = {"PAIRS": 64, "ROWS": qk_rope.ROWS, "HEADS": qk_rope.HEADS, "COLS": 64}
 VALUES = {"v_ptr": BF16, "codes_ptr": FP8, "scales_ptr": FP32}
 VALUES |= dict.fromkeys(("batch", "text", "image", "num_heads", "stride", "head_dim"), "i32")
 QUANTIZE, KEEP = {"KEEP": False, "QUANTIZE": True}, {"KEEP": True, "QUANTIZE": False}
@@ -61,7 +62,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "join_gelu bf16": (gelu._gelu_kernel, GELU, {**KEEP, **TILES}, 16),
         "qk_norm_rope": (qk_rope._qk_rope_kernel, ROPE, {**HEADS, "CODES": False}, 4),
         "qk_norm_rope fp8": (qk_rope._qk_rope_kernel, {**ROPE, "out_ptr": "*i16"}, {**HEADS, "CODES": True}, 4),
-        "v codes": (qk_rope._v_kernel, VALUES, {"TILE": 128, "COLS": 128}, 16),
+        "v codes": (qk_rope._v_kernel, VALUES, {"TILE": 128, "COLS": 128}, qk_rope.V_WARPS),
     }
 
 

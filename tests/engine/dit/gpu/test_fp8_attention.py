@@ -99,7 +99,8 @@ def expected_of(codes: fp8_attention.AttentionCodes, tokens: int) -> torch.Tenso
     for tile in [tiles - 1, *range(tiles - 1)]:
         part = slice(tile * 128, min(tile * 128 + 128, tokens))
         so_far = torch.maximum(so_far, s[..., part].amax(-1, keepdim=True))
-        steps = (8 * (s[..., part] - so_far + 15 - 0.043)).round().clamp(min=0)
+        y = ((s[..., part] - so_far + 15 - 0.043) / 16).clamp(min=0).half().double()
+        steps = (128 * y).round()
         octave, step = steps // 8, steps % 8
         p = torch.where(octave > 0, (8 + step) * 2.0 ** (octave - 10), step * 2.0**-9)  # what E4M3's bits stand for
         p *= (so_far - s.amax(-1, keepdim=True)).exp2()
@@ -158,7 +159,7 @@ def test_the_kernel_equals_the_definition(tokens: int):
     found = launch(codes.q, codes).view(2, tokens, 3, 128)
     expected = fp8_attention.attend(codes)
     apart = (found.double() - expected.double()).norm(dim=(1, 3)) / expected.double().norm(dim=(1, 3))
-    assert float(apart.max()) < 0.1  # of every sample and head; sums in the tensor cores have cost 4.6e-2
+    assert float(apart.max()) < 0.02  # of every sample and head; sums in the tensor cores have few bits
     assert torch.equal(launch(codes.q, codes).view(2, tokens, 3, 128), found)
 
 
