@@ -7,8 +7,9 @@ Every run has prompts of its own; sampled-token log-probs are returned. 256 is 6
 values in FP8. `--batch-invariant` measures each format a second time, with `EngineConfig(batch_invariant=True)`.
 `--capture` captures the graphs of all batch sizes before the clock starts, as peers do at their start; without, those
 of sizes that sequences come to as they end or give their pages back are captured on the way. The KV cache has as many
-tokens as fit beside the weights into 88 % of the GPU's memory, as the peers' had. Peers (measured on another day on the
-same kind of machine, SGLang 0.5.12.post1 and vLLM 0.22.0, default FP8 tiles, BF16 keys and values) stand beside it.
+tokens as fit beside the weights into 88 % of the GPU's memory, as the peers' had. Peers (SGLang 0.5.12.post1 and vLLM
+0.22.0, default FP8 tiles, BF16 keys and values) stand beside it: the better one in its best run, on our machine in the
+same hour or on another day. A batch-invariant run stands beside one without.
 Limit: the bytes that a step must read at the 3.02 TB/s of a copy; for BF16 at 256, whose keys and values do not all
 fit, those of 411 steps of 256 sequences, 101 of the 205 that fit to their end, and 101 of the rest.
 """
@@ -30,11 +31,18 @@ from record import Result, make_result, save
 from rollmill.engine import Engine, EngineConfig, SamplingParams
 from rollmill.engine.step_profile import profile_steps
 
-PEERS = {  # output tokens/s: the better of the two
-    ("bf16", 1): 209, ("bf16", 32): 1500, ("bf16", 256): 6454,
-    ("fp8_channel", 1): 210, ("fp8_channel", 32): 2223, ("fp8_channel", 256): 10360,
-    ("nvfp4_w4a16", 1): 210, ("nvfp4_w4a16", 32): 2563, ("nvfp4_w4a16", 256): 10015,
-}  # fmt: skip
+SGLANG, VLLM = "SGLang 0.5.12.post1", "vLLM 0.22.0"
+PEERS = {  # output tokens/s
+    ("bf16", 1): (209, f"{SGLANG}, another day"),
+    ("bf16", 32): (1500, f"{VLLM}, another day"),
+    ("bf16", 256): (6454, f"{VLLM}, another day"),
+    ("fp8_channel", 1): (214, f"{SGLANG}, same hour"),
+    ("fp8_channel", 32): (2243, f"{SGLANG}, same hour"),
+    ("fp8_channel", 256): (10360, f"{VLLM}, another day"),
+    ("nvfp4_w4a16", 1): (212, f"{VLLM}, same hour"),
+    ("nvfp4_w4a16", 32): (2590, f"{VLLM}, same hour"),
+    ("nvfp4_w4a16", 256): (10225, f"{VLLM}, same hour"),
+}
 LIMITS = {  # ms a step
     ("bf16", 1): 2.0, ("bf16", 32): 18.4, ("bf16", 256): 30.2,
     ("fp8_channel", 1): 1.1, ("fp8_channel", 32): 9.6, ("fp8_channel", 256): 16.5,
@@ -69,7 +77,10 @@ def rollout(engine: Any, batch: int, prompt_tokens: int, new_tokens: int, seed: 
     return time.perf_counter() - start, outs
 
 
-def measure(engine: Any, quant: str, kv: str, batch: int, arguments: argparse.Namespace) -> Result:
+def measure(
+    engine: Any, quant: str, kv: str, batch: int, arguments: argparse.Namespace, plain: dict[int, float]
+) -> Result:
+    """`plain`: what batches gave without batch invariance, for one with it to stand beside; filled by one without."""
     invariant = engine.config.batch_invariant
     rollout(engine, batch, arguments.prompt, 8, seed=0)  # compiles, captures
     first, _ = rollout(engine, batch, arguments.prompt, 1, seed=1)
@@ -81,10 +92,14 @@ def measure(engine: Any, quant: str, kv: str, batch: int, arguments: argparse.Na
         runs.append(batch * arguments.new / seconds)
     best = statistics.median(runs)
     decode = (batch * (arguments.new - 1)) / (batch * arguments.new / best - first)
-    peer, limit = PEERS.get((quant, batch)), LIMITS.get((quant, batch)) if kv == "auto" else None
-    peer = None if invariant else peer  # theirs promise less
+    limit = LIMITS.get((quant, batch)) if kv == "auto" else None
+    if invariant:
+        peer, peer_name = plain[batch], "without batch_invariant, same run"
+    else:
+        plain[batch] = best
+        peer, peer_name = PEERS.get((quant, batch), (None, None))
     kind = kv_suffix(kv) + ("_invariant" if invariant else "")
-    beside = "" if peer is None else f", peer {peer} ({best / peer:.2f} x)"
+    beside = "" if peer is None else f", peer {peer:.0f} ({best / peer:.2f} x)"
     print(
         f"{quant}{kind} {batch}: {best:.0f} tok/s (decode {decode:.0f}; first token {first:.2f} s){beside}",
         flush=True,
@@ -96,7 +111,7 @@ def measure(engine: Any, quant: str, kv: str, batch: int, arguments: argparse.Na
         "tok/s",
         limit=None if limit is None else batch / limit * 1e3,
         peer=peer,
-        peer_name="the better of SGLang 0.5.12.post1 and vLLM 0.22.0, another day",
+        peer_name=peer_name,
         note=note,
     )
 
@@ -111,7 +126,7 @@ def kv_result(quant: str, kv: str, tokens: int, gib: float) -> Result:
         tokens,
         "tokens",
         peer=PEER_KV_TOKENS.get(quant) if kv == "auto" else None,
-        peer_name="SGLang (FP8), vLLM (NVFP4), another day",
+        peer_name="SGLang (FP8), vLLM (NVFP4)",
         note=f"served the rollouts above; {gib:.1f} GiB after opening, weights and buffers included",
     )
 
@@ -147,14 +162,20 @@ def main() -> None:
         use_random_weights(Path(folder), num_hidden_layers=arguments.layers)
         for name in arguments.quant:
             quant, _, kv = name.partition("+")
+            plain: dict[int, float] = {}
             for invariant in (False, True)[: 1 + arguments.batch_invariant]:
-                results += run(folder, quant, "fp8" if kv else "auto", arguments, invariant)
+                results += run(folder, quant, "fp8" if kv else "auto", arguments, invariant, plain)
             if not arguments.no_save:
                 save("gpu_rollout", results)
 
 
 def run(
-    folder: str, quant: str, kv: Literal["auto", "fp8"], arguments: argparse.Namespace, invariant: bool
+    folder: str,
+    quant: str,
+    kv: Literal["auto", "fp8"],
+    arguments: argparse.Namespace,
+    invariant: bool,
+    plain: dict[int, float],
 ) -> list[Result]:
     """All batch sizes in one engine."""
     start, results = time.perf_counter(), []
@@ -176,7 +197,7 @@ def run(
         if arguments.capture:
             engine.rollouts.forward.graphs.capture_all()
         for batch in arguments.batch:
-            results.append(measure(engine, quant, kv, batch, arguments))
+            results.append(measure(engine, quant, kv, batch, arguments, plain))
             if arguments.profile:
                 profile(engine, batch, arguments.prompt)
     del engine
