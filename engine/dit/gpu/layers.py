@@ -66,14 +66,14 @@ class Layer:
         made = F.gelu(x.rows.float() @ weight.float().t() + bias, approximate="tanh").to(torch.bfloat16)
         return made if out is None else out.copy_(made)
 
-    def sum_over(self, *parts: Tensor) -> Tensor:
-        """y of [part | part ...], of a plain layer, without joining them: sums are rounded to BF16 after each."""
-        weight, first = self.packed["weight"].to(torch.bfloat16), 0
+    def sum_over(self, first: Tensor, *others: Tensor) -> Tensor:
+        """y of [first | other ...], of a plain layer, without joining them: sums are rounded to BF16 after each."""
+        weight, start = self.packed["weight"].to(torch.bfloat16), first.shape[1]
         assert self.bias is not None
-        y = self.bias
-        for part in parts:
-            y = torch.addmm(y, part, weight[:, first : first + part.shape[1]].t())
-            first += part.shape[1]
+        y = torch.addmm(self.bias, first, weight[:, :start].t())
+        for part in others:
+            y.addmm_(part, weight[:, start : start + part.shape[1]].t())
+            start += part.shape[1]
         return y
 
 
