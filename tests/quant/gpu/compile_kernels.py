@@ -1,23 +1,14 @@
-"""Compiles every kernel ahead of time, without a GPU, and prints what each needs, as JSON: run in a process of its own
-(the interpreter's switch must be off).
-
-    python compile_kernels.py 90 100 103 120
-"""
+"""Compiles every kernel ahead of time and prints what each needs, as JSON (`ahead_of_time.run`); arguments:
+architectures, as 90."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import Kernel, compile_for, needs
 
 from rollmill.moe.gpu import fp8_many, grouped_gemm, nvfp4_grouped, nvfp4_grouped_many
 from rollmill.moe.runners.triton_tiles import BF16_TILES, FP8_TILES, NVFP4_TILES
@@ -34,7 +25,6 @@ from rollmill.quant.gpu import (
     word_sums,
 )
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 QUANTIZE = {"x_ptr": "*bf16", "static_ptr": "*fp32", "codes_ptr": "*i32", "scales_ptr": "*u8", "token_ptr": "*fp32"}
 CONVERT = {"w_ptr": "*bf16", "codes_ptr": "*i32", "scales_ptr": "*u8", "global_ptr": "*fp32"}
 STATE = {
@@ -68,7 +58,7 @@ EPILOGUE = {"RAGGED": False} | END
 TILES = {"ROWS": 16, "STEP": 2, "BLOCK_K": 2048, "PROGRAMS": 96, "ONE_LAUNCH": True}
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def kernels() -> dict[str, Kernel]:
     """Name -> kernel, signature, constants, warps: the shapes of Qwen3-30B-A3B's experts."""
     fp8 = {**QUANTIZE, "codes_ptr": "*fp8e4nv"}
     del fp8["scales_ptr"]
@@ -94,7 +84,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     }
 
 
-def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def dense_kernels() -> dict[str, Kernel]:
     """Every tile of the dense NVFP4 product, and what surrounds it. The assembly is any NVIDIA GPU's."""
     products = {"x_ptr": "*bf16", "static_ptr": "*fp32", "products_ptr": "*bf16", "token_ptr": "*fp32"} | ROWS
     decoded = {k: v for k, v in MATMUL.items() if k not in ("scale_ptr", "steps")} | {"w_ptr": "*bf16"}
@@ -140,7 +130,7 @@ def dense_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]
     }
 
 
-def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def fp8_few_kernels() -> dict[str, Kernel]:
     """Every tile of the dense FP8 product of few tokens."""
     codes = {"x_ptr": "*fp8e4nv", "token_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
     rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "M": "i32", "N": "i32:16", "K": "i32:16", "steps": "i32"}
@@ -157,7 +147,7 @@ def fp8_few_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     }
 
 
-def fp8_middle_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def fp8_middle_kernels() -> dict[str, Kernel]:
     """Every tile of the dense FP8 product of more tokens."""
     rest = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "part_ptr": "*fp32", "count_ptr": "*i32"}
     rest |= {"M": "i32", "N": "i32:16", "steps": "i32"}
@@ -172,7 +162,7 @@ def fp8_middle_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
     return found
 
 
-def fp8_many_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def fp8_many_kernels() -> dict[str, Kernel]:
     """The experts' products of many tokens, of Qwen3-30B-A3B's shape."""
 
     def tiles(kind: str, *shape: int) -> str:
@@ -201,7 +191,7 @@ def fp8_many_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], i
     }
 
 
-def bf16_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def bf16_kernels() -> dict[str, Kernel]:
     """Every tile of the BF16 product in one order of sums."""
     inputs = {"x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes, found = {"M": "i32", "N": "i32:16", "K": "i32:16", "part": "i32"}, {}
@@ -219,7 +209,7 @@ def tile_of(tile: nvfp4_gemm.Tile | fp8_gemm.Tile | bf16_gemm.Tile) -> dict[str,
     return {"ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages}
 
 
-def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def expert_kernels() -> dict[str, Kernel]:
     """Every tile of the experts' products."""
     fp8, found = {"x_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32", "w_ptr": "*fp8e4nv"}, {}
     nvfp4 = {"x_ptr": "*bf16", "x_scale_ptr": "*fp32", "w_ptr": "*u8", "scale_ptr": "*u8"}
@@ -248,7 +238,7 @@ def expert_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int
     return found
 
 
-def native_kernel(sm: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+def native_kernel(sm: int) -> Kernel:
     """NVFP4 x NVFP4 on tensor cores that multiply it themselves."""
     stored = {"x_ptr": "*u8", "x_scale_ptr": "*fp8e4nv", "w_ptr": "*u8", "w_scale_ptr": "*fp8e4nv"}
     rest = {"row_scale_ptr": "*fp32", "token_scale_ptr": "*fp32", "out_ptr": "*bf16"}
@@ -258,24 +248,13 @@ def native_kernel(sm: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     return nvfp4_native.native_product, stored | rest | sizes, tile, warps
 
 
-def compile_one(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
-) -> dict[str, Any]:
-    whole = signature | dict.fromkeys(constants, "constexpr")
-    even = [i for i, kind in enumerate(whole.values()) if kind.startswith("*") or kind.endswith(":16")]
-    whole = {name: kind.removesuffix(":16") for name, kind in whole.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in even}
-    source = ASTSource(kernel, signature=whole, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        command = [str(BINARIES / "cuobjdump"), "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = compiled.asm["ptx"]
-    instructions = [name for name in ("wgmma", "mma.sync", "tcgen05.mma", "kind::mxf4nvf4") if name in ptx]
-    found["tensor_memory"] = getattr(compiled.metadata, "tmem_size", 0) or 0
-    return {"shared": compiled.metadata.shared, "instructions": instructions, **found}
+def compile_one(sm: int, kernel: Kernel) -> dict[str, Any]:
+    """What it needs, columns of tensor memory too, and with what it multiplies."""
+    compiled = compile_for(sm, kernel)
+    instructions = ("wgmma", "mma.sync", "tcgen05.mma", "kind::mxf4nvf4")
+    found = [name for name in instructions if name in compiled.asm["ptx"]]
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
+    return {"instructions": found, "tensor_memory": tensor_memory, **needs(compiled)}
 
 
 if __name__ == "__main__":
@@ -285,4 +264,4 @@ if __name__ == "__main__":
         asked += [(name, parts, 90) for name, parts in found.items()]
     asked += [(name, parts, 100) for name, parts in expert_kernels().items() if "_bf16_" in name]
     asked += [("nvfp4_native", native_kernel(int(sm)), int(sm)) for sm in sys.argv[1:] if int(sm) >= 100]
-    print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for name, parts, sm in asked}))
+    print(json.dumps({f"{name} sm{sm}": compile_one(sm, parts) for name, parts, sm in asked}))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ahead_of_time import run
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -25,11 +22,7 @@ TENSOR_MEMORY = 512  # columns
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *map(str, ARCHITECTURES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return run(SCRIPT, *ARCHITECTURES)
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)

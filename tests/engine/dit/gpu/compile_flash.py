@@ -1,23 +1,19 @@
-"""Compiles FP8 attention ahead of time for Hopper, without a GPU, and prints what it needs, as JSON: run in a process
-of its own (the interpreter's switch must be off)."""
+"""Compiles FP8 attention ahead of time for Hopper and prints what it needs, as JSON (`ahead_of_time.run`)."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
+from ahead_of_time import disassembled, needs
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from rollmill.engine.dit.gpu import flash_fp8
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("QGMMA.64x128x32", "WARPGROUP.DEPBAR", "MUFU", "F2FP", "USETMAXREG", "LDL", "STL")
 
 
@@ -37,19 +33,8 @@ def compile_flash() -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=flash_fp8.LAUNCH)
 
 
-def needs(compiled: Any) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        usage, sass = (
-            subprocess.run(
-                [str(BINARIES / tool), option, cubin.name], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    counts = {name: len(re.findall(rf"\b{re.escape(name)}", sass)) for name in INSTRUCTIONS}
-    return {"shared": compiled.metadata.shared, **found, **counts}
-
-
 if __name__ == "__main__":
-    print(json.dumps(needs(compile_flash())))
+    compiled = compile_flash()
+    sass = disassembled(compiled, "nvdisasm", "-c")
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}", sass)) for name in INSTRUCTIONS}
+    print(json.dumps(needs(compiled) | counts))

@@ -1,26 +1,16 @@
-"""Compiles the kernels between linears of a diffusion transformer ahead of time, without a GPU, and prints what each
-needs, as JSON: run in a process of its own (the interpreter's switch must be off).
-
-    python compile_kernels.py 90 100 103 120
-"""
+"""Compiles the kernels between linears of a diffusion transformer ahead of time and prints what each needs, as JSON
+(`ahead_of_time.run`); arguments: architectures, as 90."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import Kernel, compile_for, needs
 
 from rollmill.engine.dit.gpu import gelu, modulate, qk_rope
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16, FP32, FP8, WORDS = "*bf16", "*fp32", "*fp8e4nv", "*i32"
 # multiples of 16, as Triton finds them
 SIXTEENS = ("K", "width", "inner", "text", "image", "gate_stride", "stride", "head_dim")
@@ -53,37 +43,25 @@ QUANTIZE, KEEP = {"KEEP": False, "QUANTIZE": True}, {"KEEP": True, "QUANTIZE": F
 NORM = {"ADD": True, "NORM": True, "BLOCK_K": 4096}
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def kernels() -> dict[str, Kernel]:
     """Name -> kernel, signature, constants, warps: the shapes of FLUX.1."""
     return {
         "add_norm_modulate fp8": (modulate._modulate_kernel, MODULATE, {**NORM, **QUANTIZE}, 8),
         "add_norm_modulate bf16": (modulate._modulate_kernel, MODULATE, {**NORM, **KEEP}, 8),
-        "join_gelu fp8": (gelu._gelu_kernel, GELU, {**QUANTIZE, **TILES}, 16),
-        "join_gelu bf16": (gelu._gelu_kernel, GELU, {**KEEP, **TILES}, 16),
+        "join_gelu fp8": (gelu._gelu_kernel, GELU, {**QUANTIZE, **TILES}, 8),
+        "join_gelu bf16": (gelu._gelu_kernel, GELU, {**KEEP, **TILES}, 8),
         "qk_norm_rope": (qk_rope._qk_rope_kernel, ROPE, {**HEADS, "CODES": False}, 4),
         "qk_norm_rope fp8": (qk_rope._qk_rope_kernel, {**ROPE, "out_ptr": "*i16"}, {**HEADS, "CODES": True}, 4),
         "v codes": (qk_rope._v_kernel, VALUES, {"TILE": 128, "COLS": 128}, qk_rope.V_WARPS),
     }
 
 
-def compile_one(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
-) -> dict[str, Any]:
-    whole = signature | dict.fromkeys(constants, "constexpr")
-    multiples = [kind.startswith("*") or name in SIXTEENS for name, kind in whole.items()]
-    aligned = {(i,): [["tt.divisibility", 16]] for i, multiple in enumerate(multiples) if multiple}
-    source = ASTSource(kernel, signature=whole, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        command = [str(BINARIES / "cuobjdump"), "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = compiled.asm["ptx"]
-    found["wide"] = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
-    return {"shared": compiled.metadata.shared, **found}
+def compile_one(sm: int, kernel: Kernel) -> dict[str, int]:
+    """What it needs, and how many loads are of 16 bytes a thread."""
+    compiled = compile_for(sm, kernel, SIXTEENS)
+    return needs(compiled) | {"wide": len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]))}
 
 
 if __name__ == "__main__":
     sms = [int(sm) for sm in sys.argv[1:]]
-    print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for sm in sms for name, parts in kernels().items()}))
+    print(json.dumps({f"{name} sm{sm}": compile_one(sm, kernel) for sm in sms for name, kernel in kernels().items()}))

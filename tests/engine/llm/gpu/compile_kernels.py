@@ -1,27 +1,17 @@
-"""Compiles the fused kernels of a decoding step ahead of time, without a GPU, and prints what each needs, as JSON: run
-in a process of its own (the interpreter's switch must be off).
-
-    python compile_kernels.py 90 100 103 120
-"""
+"""Compiles the fused kernels of a decoding step ahead of time and prints what each needs, as JSON
+(`ahead_of_time.run`); arguments: architectures, as 90."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import Kernel, compile_for, needs
 
 from rollmill.engine.llm.gpu import fixed_attention, norms, paged_kernels, qkv, sampling, silu
 from rollmill.moe.gpu import blocks, router, routing
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16, FP32, F64, FP8, I32, I64, U8 = "*bf16", "*fp32", "*fp64", "*fp8e4nv", "*i32", "*i64", "*u8"
 # multiples of 16, as Triton finds them
 SIXTEENS = ("K", "stride", "qkv_stride", "key_stride", "value_stride", "num_experts")
@@ -96,7 +86,7 @@ def attention(kernel: Any, kind: Literal["prompt", "part", "whole"], head_dim: i
     return kernel, signature, constants, shape.warps(kind, head_dim)
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+def kernels() -> dict[str, Kernel]:
     """Name -> kernel, signature, constants, warps."""
     quantized = NORM_OF | {"QUANTIZE": True}
     routed = {"TOP_K": 8, "CHOICES": 8, "RENORMALIZE": True, "SHORT": True} | EARLY
@@ -136,22 +126,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     }
 
 
-def compile_one(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, sm: int
-) -> dict[str, Any]:
-    whole = signature | dict.fromkeys(constants, "constexpr")
-    multiples = [kind.startswith("*") or name in SIXTEENS for name, kind in whole.items()]
-    aligned = {(i,): [["tt.divisibility", 16]] for i, multiple in enumerate(multiples) if multiple}
-    source = ASTSource(kernel, signature=whole, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        command = [str(BINARIES / "cuobjdump"), "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"shared": compiled.metadata.shared, **found}
-
-
 if __name__ == "__main__":
     sms = [int(sm) for sm in sys.argv[1:]]
-    print(json.dumps({f"{name} sm{sm}": compile_one(*parts, sm) for sm in sms for name, parts in kernels().items()}))
+    asked = {f"{name} sm{sm}": (sm, kernel) for sm in sms for name, kernel in kernels().items()}
+    print(json.dumps({name: needs(compile_for(*one, SIXTEENS)) for name, one in asked.items()}))

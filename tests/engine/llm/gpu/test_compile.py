@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ahead_of_time import run
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -21,11 +18,7 @@ STACK = {"attention of parts of a token": 32}  # bytes that the assembler gives 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *map(str, SHARED)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return run(SCRIPT, *SHARED)
 
 
 @pytest.mark.parametrize("sm", SHARED)
