@@ -14,7 +14,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from rollmill.engine.dit.gpu import flash_fp8
 
-INSTRUCTIONS = ("QGMMA.64x128x32", "WARPGROUP.DEPBAR", "MUFU", "F2FP", "USETMAXREG", "LDL", "STL")
+INSTRUCTIONS = (
+    "QGMMA.64x128x32",
+    "QGMMA.64x8x32",
+    "0x38383838",
+    "WARPGROUP.DEPBAR",
+    "MUFU",
+    "F2FP",
+    "USETMAXREG",
+    "LDL",
+    "STL",
+)
 
 
 def blocks(rows: int, cols: int) -> str:

@@ -33,12 +33,14 @@ def test_every_kernel_compiles_without_spills(compiled: dict[str, dict[str, Any]
 
 
 def test_fp8_attention_keeps_its_products_in_flight():
-    """Two groups, each with a first tile of scores (4 products), a loop (4 of scores, 4 of values) and a last tile of
-    values (4). Products that the assembler runs one by one have a wait each."""
+    """Two groups, each with a first tile of scores (4 products), a loop (4 of scores, 4 of values, 4 sums) and a last
+    tile of values (4, and 4 sums). Products that the assembler runs one by one have a wait each. Ones fill words."""
     needs = run(FLASH)
     assert needs["STACK"] == needs["LOCAL"] == needs["LDL"] == needs["STL"] == 0
     assert needs["shared"] <= SHARED
     assert needs["QGMMA.64x128x32"] == 2 * 16
+    assert needs["QGMMA.64x8x32"] == 2 * 8
+    assert needs["0x38383838"] > 0
     assert needs["WARPGROUP.DEPBAR"] == 2 * 4
     assert needs["MUFU"] < 64  # no exponential an element: 64 of a tile are a thread's
     assert needs["USETMAXREG"] > 0

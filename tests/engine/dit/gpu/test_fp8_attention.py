@@ -39,8 +39,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
-@pytest.mark.parametrize(("streams", "num_heads", "head_dim"), CASES, ids=["one sample", "two", "two tiles"])
-def test_codes_are_those_of_what_bf16_attention_reads(streams: Streams, num_heads: int, head_dim: int):
+def check_codes(streams: Streams, num_heads: int, head_dim: int) -> None:
     qkv = random(streams.num_rows, 3 * num_heads * head_dim)
     qkv[:, -head_dim:] *= torch.linspace(0, 9, len(qkv), device=DEVICE)[:, None]
     weights = [random(head_dim, seed=i) for i in range(2 if streams.image == 0 else 4)]
@@ -52,6 +51,18 @@ def test_codes_are_those_of_what_bf16_attention_reads(streams: Streams, num_head
     expected = fp8_attention.quantize(*parts(turned, streams, num_heads), scales)
     for field in ("q", "k", "v", "qk_scales", "v_scales"):
         assert same_bits(getattr(found, field), getattr(expected, field)), field
+
+
+@pytest.mark.parametrize(("streams", "num_heads", "head_dim"), CASES, ids=["one sample", "two", "two tiles"])
+def test_codes_are_those_of_what_bf16_attention_reads(streams: Streams, num_heads: int, head_dim: int):
+    check_codes(streams, num_heads, head_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="a shape for a GPU: no CUDA device here")
+@pytest.mark.parametrize("streams", [Streams(1, 512, 4096), Streams(3, 512, 1000)], ids=["FLUX.1", "three samples"])
+def test_codes_of_real_shapes(streams: Streams):
+    check_codes(streams, 24, 128)
 
 
 def test_codes_are_the_nearest_and_scales_the_least():
