@@ -92,12 +92,13 @@ def measure(
         runs.append(batch * arguments.new / seconds)
     best = statistics.median(runs)
     decode = (batch * (arguments.new - 1)) / (batch * arguments.new / best - first)
-    limit = LIMITS.get((quant, batch)) if kv == "auto" else None
+    as_peers = arguments.prompt == arguments.new == 512
+    limit = LIMITS.get((quant, batch)) if kv == "auto" and as_peers else None
     if invariant:
         peer, peer_name = plain[batch], "without batch_invariant, same run"
     else:
         plain[batch] = best
-        peer, peer_name = PEERS.get((quant, batch), (None, None))
+        peer, peer_name = PEERS.get((quant, batch), (None, None)) if as_peers else (None, None)
     kind = kv_suffix(kv) + ("_invariant" if invariant else "")
     beside = "" if peer is None else f", peer {peer:.0f} ({best / peer:.2f} x)"
     print(

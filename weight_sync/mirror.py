@@ -37,6 +37,7 @@ class Mirror:
             self._places[slot] = self._size
             self._size += sum(t.nbytes for t in _tensors(slot))
         self._slabs: list[Tensor] = []
+        self._asked = 0  # bytes whose copies nobody has waited for
         self._digests: dict[WeightSlot, dict[str, int]] = {}
         self._stale: dict[WeightSlot, None] = {}  # ordered
         self._lock = threading.RLock()  # of what follows, and of the slabs
@@ -101,22 +102,24 @@ class Mirror:
                 for part, place in self._parts(raw, start):
                     source, target = (place, part) if back else (part, place)
                     target.copy_(source, non_blocking=self._pinned)
-                    start += len(part)
-                    if start % PIECE == 0 and not back:
+                    self._asked += len(part)
+                    if self._asked == PIECE:
                         self._wait()
+                start += tensor.nbytes
 
     def _parts(self, raw: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A tensor, cut where pieces and slabs end, and its places in the slabs."""
+        """A tensor, cut where slabs end and what may be asked for at once, and its places in the slabs."""
         done = 0
         while done < len(raw):
             slab, offset = divmod(start + done, SLAB)
-            size = min(len(raw) - done, SLAB - offset, PIECE - (start + done) % PIECE)
+            size = min(len(raw) - done, SLAB - offset, PIECE - self._asked)
             yield raw[done : done + size], self._slabs[slab][offset : offset + size]
             done += size
 
     def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+        self._asked = 0
 
     def _allocate(self) -> None:
         try:

@@ -223,7 +223,7 @@ def fp8_scale(amax):
 
 @triton.jit
 def fp8_codes(x, scale):
-    """float32 x [ROWS, COLS], decode scales [ROWS] -> E4M3 codes of x / scale, rounded once."""
+    """float32 x [ROWS, COLS], decode scales [ROWS] or [1] -> E4M3 codes of x / scale, rounded once."""
     if tl.min(scale, axis=0) >= LEAST_SCALE:
         values = quotient(x, scale[:, None], tl.div_rn(1.0 + scale * 0, scale)[:, None])
     else:

@@ -223,7 +223,7 @@ def _flash_kernel(
         gl.float8e4nv, [8, KEYS], gl.NVMMASharedLayout.get_default_for([8, KEYS], gl.float8e4nv)
     )
     one = gl.full([8, KEYS], ONE, gl.uint8, gl.BlockedLayout([1, 4], [4, 8], [1, 4], [1, 0]))
-    ones.store(one.to(gl.float8e4nv, bitcast=True))  # from bits: the assembler loses half of a float32 one's
+    ones.store(one.to(gl.float8e4nv, bitcast=True))  # a float32 one, converted, fills half a word only
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)

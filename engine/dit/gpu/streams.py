@@ -57,7 +57,7 @@ def find_row(row, batch, text, image):
     """Row of the streams -> its stream (0: text), its sample and its position in the sample's joint sequence."""
     is_text = row < batch * text
     local = tl.where(is_text, row, row - batch * text)
-    length = tl.where(is_text, text, image)
+    length = tl.maximum(tl.where(is_text, text, image), 1)  # of one stream there is no other, beyond the last row
     sample = local // length
     position = local - sample * length + tl.where(is_text, 0, text)
     return tl.where(is_text, 0, 1), sample, position

@@ -16,7 +16,7 @@ from rollmill.quant import UnsupportedError  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
-CASES = [(Streams(1, 2, 3), 2, 16), (Streams(2, 3, 4), 1, 24), (Streams(1, 130, 0), 1, 16)]
+CASES = [(Streams(1, 2, 3), 2, 16), (Streams(2, 3, 4), 1, 24), (Streams(1, 130, 0), 1, 16), (Streams(1, 5, 0), 9, 16)]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +53,9 @@ def check_codes(streams: Streams, num_heads: int, head_dim: int) -> None:
         assert same_bits(getattr(found, field), getattr(expected, field)), field
 
 
-@pytest.mark.parametrize(("streams", "num_heads", "head_dim"), CASES, ids=["one sample", "two", "two tiles"])
+@pytest.mark.parametrize(
+    ("streams", "num_heads", "head_dim"), CASES, ids=["one sample", "two", "two tiles", "nine heads"]
+)
 def test_codes_are_those_of_what_bf16_attention_reads(streams: Streams, num_heads: int, head_dim: int):
     check_codes(streams, num_heads, head_dim)
 
