@@ -1,9 +1,9 @@
 """FP8 attention on Hopper: what `fp8_attention.py` defines, in one launch.
 
 A program computes 128 queries of a head. One warp brings tiles of keys and values; two warp groups, 64 queries each,
-multiply them: the scores of one tile, then the values of the tile before. While one group lays out probabilities, the
-tensor cores work for the other one. The last tile comes first: it alone may be short. The tensor cores, which keep few
-bits of a sum, add within a tile, probabilities too (as a product with ones); tiles are added in float32.
+multiply them: the scores of one tile, then the values of the tile before. The last tile comes first: it alone may be
+short. The tensor cores, which keep few bits of a sum, add within a tile, probabilities too (as a product with ones);
+tiles are added in float32.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -78,6 +78,7 @@ def _bits_of_p(y):
 
 @gluon.jit
 def _low_bytes(x):
+    """Of every float16, four to a word."""
     return gl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [x], dtype=gl.uint8, is_pure=True, pack=4
     )
