@@ -35,7 +35,9 @@ class Ledger:
         """Where a tensor goes; None for one that is only noted."""
         self.num_tensors += 1
         self.num_bytes += value.nbytes
-        self.last = name = with_prefix(name, self.prefix)
+        if self.prefix:
+            name = with_prefix(name, self.prefix)
+        self.last = name
         target = self.plan.find(name)
         if target is None:
             self._unexpected.append(name)

@@ -15,9 +15,8 @@ from .plan import SCALE_NAMES, Target
 
 def as_pair(pair: Any) -> tuple[str, Tensor]:
     """Check that a bucket's item is (name, tensor)."""
-    match pair:
-        case (str() as name, Tensor() as value):
-            return name, value
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor):
+        return pair[0], pair[1]
     raise ShapeError(f"a bucket holds (name, tensor) pairs, got {pair!r:.80}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -185,6 +186,7 @@ def default_backlog(weight: Tensor, *, streamed: bool) -> int:
     return STREAMED_BACKLOG if streamed else STAGED_BACKLOG
 
 
+@cache
 def form_of(tensor: str, dtype: torch.dtype) -> Form:
     """In which form a weight arrives, as any one of its tensors tells."""
     if tensor == "weight_scale_2" or dtype == torch.uint8 or (tensor, dtype) == ("weight_scale", torch.float8_e4m3fn):

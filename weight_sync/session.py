@@ -51,6 +51,7 @@ class WeightSession:
         self._same_version = version == served.version
         self._open = True
         self._staging: dict[WeightSlot, SlotStaging] = {}
+        self._takers: dict[WeightSlot, list[SlotStaging]] = {}  # of what names lead to: the slot's, and its twin's
         self._backlog: Backlog | None = None
         self._ledger = Ledger(served.plan, prefix, full=full)
         self._clipping: dict[str, float] = {}
@@ -115,19 +116,26 @@ class WeightSession:
             self._stage(self._ledger.last, target, value)
 
     def _stage(self, name: str, target: Target, value: Tensor) -> None:
-        takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
+        takers = self._takers.get(target.slot)
+        if takers is None:
+            takers = [self._staging_of(slot) for slot in self.served.plan.copies(target.slot)]
+            self._takers[target.slot] = takers
         if target.tensor == "input_scale":
             takers = takers[:1]  # a twin does not quantize activations
-        if is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
+        if target.unit is not None and target.shard is not None:
+            parts = ((target.unit, target.shard, value),)
+        elif is_whole_stack(target, value) and all(taker.takes_stack for taker in takers):
             self._borrows |= takers[0].checks_later
             for taker in takers:
                 taker.receive_stack(name, value, target.layout)
             return
-        for unit, shard, part in split(name, target, value):
-            taken = [taker.receive(name, target.tensor, unit, shard, part) for taker in takers]
-            if not all(taken):
-                self._ledger.duplicate.append(name)
-                return
+        else:
+            parts = split(name, target, value)
+        for unit, shard, part in parts:
+            for taker in takers:
+                if not taker.receive(name, target.tensor, unit, shard, part):
+                    self._ledger.duplicate.append(name)
+                    return
 
     def _staging_of(self, slot: WeightSlot) -> SlotStaging:
         if slot not in self._staging:
@@ -294,7 +302,7 @@ class WeightSession:
 
     def _close(self) -> None:
         if self._open:
-            self._open, self._staging, self._backlog = False, {}, None
+            self._open, self._staging, self._takers, self._backlog = False, {}, {}, None
             if self.mode != "dry" or self.served.open_version == self.version:
                 self.served.open_version = None
             self._gate.close()

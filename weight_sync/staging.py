@@ -20,6 +20,7 @@ from .errors import ShapeError
 from .pending import FLOATS, Arrival, Backlog, Form, PendingUnit, Run, form_of
 
 SCALE_TENSORS = ("k_scale", "v_scale")
+TENSORS = {"bf16": 1, "fp8": 2, "nvfp4": 3}  # of a shard
 
 
 class SlotStaging:
@@ -60,7 +61,8 @@ class SlotStaging:
         """Take one shard's tensor; False if it came before. The value is copied before this returns."""
         if (unit, shard, tensor) in self.received or (self._came_whole and tensor != "input_scale"):
             return False
-        value = value.detach()
+        if value.requires_grad:
+            value = value.detach()
         self.received.add((unit, shard, tensor))
         if tensor == "input_scale":
             self._input_scale(name, unit, shard, value)
@@ -130,7 +132,8 @@ class SlotStaging:
             pending.scales[tensor, shard] = value.to(torch.float32, copy=True).reshape(-1)
 
     def _matrix(self, name: str, tensor: str, value: Tensor, pending: PendingUnit, target: Tensor) -> None:
-        self._check_dtype(name, value, pending.form)
+        if pending.form == "bf16" and value.dtype not in FLOATS:
+            raise ShapeError(f"{name}: {value.dtype} is no weight; send bfloat16, float16 or float32")
         if value.shape != target.shape:
             check_shape(name, value, tuple(target.shape))
             value = value.reshape(target.shape)
@@ -159,10 +162,6 @@ class SlotStaging:
             raise ShapeError(f"{name}: shards of one weight came in {pending.form} and in {form}")
         return pending
 
-    def _check_dtype(self, name: str, value: Tensor, form: Form) -> None:
-        if form == "bf16" and value.dtype not in FLOATS:
-            raise ShapeError(f"{name}: {value.dtype} is no weight; send bfloat16, float16 or float32")
-
     # runs
 
     def _open(self, unit: int, form: Form) -> PendingUnit:
@@ -174,8 +173,7 @@ class SlotStaging:
             run.expected.discard(unit)
             run = self._alone(unit, form)
         self.runs[unit] = run
-        tensors = {"bf16": 1, "fp8": 2, "nvfp4": 3}[form]
-        pending = self.pending[unit] = PendingUnit(form, run, tensors * len(self.slot.shape.rows))
+        pending = self.pending[unit] = PendingUnit(form, run, TENSORS[form] * len(self.slot.shape.rows))
         return pending
 
     def _new_run(self, unit: int, form: Form) -> Run:
