@@ -39,7 +39,25 @@ def compile_for(sm: int, kernel: Kernel, sixteens: Collection[str] = ()) -> Any:
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind.endswith(":16")}
     whole = {name: kind.removesuffix(":16") for name, kind in whole.items()}
     source = ASTSource(function, signature=whole, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
+    if sm <= 100:  # the disassembler that comes with Triton knows no later ones
+        check_codes(compiled)
+    return compiled
+
+
+def check_codes(compiled: Any) -> None:
+    """No two FP8 codes are spread over a word's halves by the instruction that packs them: the assembler would have it
+    take the upper half from a register that nobody wrote."""
+    writers: dict[str, str] = {}  # register -> the last instruction that wrote it
+    for line in disassembled(compiled, "cuobjdump", "-sass").splitlines():
+        found = re.search(r"\*/\s+(?:@!?\w+ )?(\S+)\s+(R\d+), (.*?)\s*;", line)
+        if found is None:
+            continue
+        name, target, operands = found.groups()
+        upper = operands.rpartition(", ")[2]
+        spread = "F32.PACK_AB_MERGE_C" in name and writers.get(upper, "").startswith("SHF.R")
+        assert not spread, f"{compiled.metadata.name}: {line.strip()}"
+        writers[target] = name
 
 
 def needs(compiled: Any) -> dict[str, int]:

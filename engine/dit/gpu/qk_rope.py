@@ -107,21 +107,16 @@ def _qk_rope_kernel(
             scale = _norm_scale(tl.reshape(text_weight, (1, COLS)), tl.reshape(image_weight, (1, COLS)), factor)
             if tl.program_id(0) + tl.program_id(1) == 0:
                 tl.store(scales_ptr + part + tl.arange(0, 1), scale)
-            low, high = _codes(low, scale), _codes(high, scale)
-            length = text + image
-            place = ((part * batch + sample) * num_heads + head).to(tl.int64) * length + position
-            tl.store(out_ptr + place * PAIRS + pair, (low | (high << 8)).to(tl.int16, bitcast=True), mask=inside)
+            x = tl.reshape(tl.interleave(_rounded(low), _rounded(high)), (HEADS * ROWS, 2 * COLS))
+            codes = tl.reshape(fp8_codes(x, scale), (HEADS, ROWS, 2 * COLS))
+            col = tl.arange(0, 2 * COLS)[None, None, :]
+            place = ((part * batch + sample) * num_heads + head).to(tl.int64) * (text + image) + position
+            wanted = (row < num_rows) & (head < num_heads) & (col < 2 * PAIRS)
+            tl.store(out_ptr + place * (2 * PAIRS) + col, codes, mask=wanted)
         else:
             word = _word(low, high)
     if not CODES:
         tl.store(out_ptr + joint.to(tl.int64) * row_words + within, word, mask=inside)
-
-
-@triton.jit
-def _codes(x, scale):
-    """float32 x [HEADS, ROWS, COLS], rounded to BF16 first, scale [1] -> codes, uint16."""
-    flat = tl.reshape(_rounded(x), (x.shape[0] * x.shape[1], x.shape[2]))
-    return tl.reshape(fp8_codes(flat, scale).to(tl.uint8, bitcast=True).to(tl.uint16), x.shape)
 
 
 @triton.jit
@@ -191,7 +186,7 @@ def qkv_codes(
     qk_scales = qkv.new_empty(2, dtype=torch.float32)
     v = qkv.new_empty(batch, num_heads, head_dim, tiles * TILE, dtype=torch.float8_e4m3fn)
     v_scales = qkv.new_empty(batch, num_heads, tiles, dtype=torch.float32)
-    _launch(qkv, weights, cos, sin, streams, eps, qk.view(torch.int16), qk_scales)
+    _launch(qkv, weights, cos, sin, streams, eps, qk, qk_scales)
     _v_kernel[(tiles, batch * num_heads)](
         qkv[:, 2 * num_heads * head_dim :], v, v_scales, batch, streams.text, streams.image, num_heads, qkv.shape[1],
         head_dim, TILE=TILE, COLS=triton.next_power_of_2(head_dim), num_warps=V_WARPS,
@@ -203,7 +198,7 @@ def _launch(
     qkv: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, streams: Streams, eps: float, out: Tensor,
     scales: Tensor | None,
 ) -> None:  # fmt: skip
-    """`out`: words as q, k and v come, or pairs of codes, where `scales` are wanted."""
+    """`out`: words as q, k and v come, or codes, where `scales` are wanted."""
     norms = [weight.view(torch.int32) for weight in (*weights, *weights)[:4]]
     pairs = cos.shape[1]
     words = qkv.view(torch.int32)

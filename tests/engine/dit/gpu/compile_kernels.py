@@ -51,7 +51,7 @@ def kernels() -> dict[str, Kernel]:
         "join_gelu fp8": (gelu._gelu_kernel, GELU, {**QUANTIZE, **TILES}, 8),
         "join_gelu bf16": (gelu._gelu_kernel, GELU, {**KEEP, **TILES}, 8),
         "qk_norm_rope": (qk_rope._qk_rope_kernel, ROPE, {**HEADS, "CODES": False}, 4),
-        "qk_norm_rope fp8": (qk_rope._qk_rope_kernel, {**ROPE, "out_ptr": "*i16"}, {**HEADS, "CODES": True}, 4),
+        "qk_norm_rope fp8": (qk_rope._qk_rope_kernel, {**ROPE, "out_ptr": FP8}, {**HEADS, "CODES": True}, 4),
         "v codes": (qk_rope._v_kernel, VALUES, {"TILE": 128, "COLS": 128}, qk_rope.V_WARPS),
     }
 
