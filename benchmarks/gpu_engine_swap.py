@@ -141,23 +141,25 @@ def under_load(
             generation.versions.append(f"{sender.form} under load {repeat}")
             start = time.perf_counter()
             seconds, _ = swap(engine, sender, generation.versions[-1])
+            end = time.perf_counter()
             generation.wait(5)
-            found = generation.gaps(start, start + seconds)
+            found = generation.gaps(start, end)
             times.append(seconds)
             gaps.append(max(found))
             counts.append(len(found))
             assert bytes_of(engine) == expected, "a swap under load gave other bytes"
             print(
-                f"  under load: {seconds * 1e3:.0f} ms in all, {len(found)} steps, longest gap {max(found) * 1e3:.0f}, "
-                f"median {statistics.median(found) * 1e3:.0f}, quiet {quiet * 1e3:.0f}",
+                f"  under load: {seconds * 1e3:.0f} ms in all, {len(found)} steps since the mirror before, longest gap "
+                f"{max(found) * 1e3:.0f}, median {statistics.median(found) * 1e3:.0f}, quiet {quiet * 1e3:.0f}",
                 flush=True,
             )
     finally:
         generation.stop()
     note = (
         f"{len(times)} swaps while {arguments.generate} sequences are generated, {statistics.median(counts):.0f} steps "
-        f"during a swap (median), a step takes {quiet * 1e3:.0f} ms without one; bytes as without a generation, no "
-        f"request lost, every version in every completion's spans, no graph captured again; {memory()}"
+        f"during a swap and what a mirror takes before it (median), a step takes {quiet * 1e3:.0f} ms without one; "
+        f"bytes as without a generation, no request lost, every version in every completion's spans, no graph captured "
+        f"again; {memory()}"
     )
     return [
         make_result(f"{name}_generating_total_ms", statistics.median(times) * 1e3, "ms", limit=limit, note=note),

@@ -4,7 +4,7 @@
         [--no-rollout] [--profile]
 
 A step is one forward of the transformer as a rollout calls it, everything in it: 1024 x 1024, 512 text tokens, guidance
-embedded; "+fp8": with FP8 attention, steps only. With CUBLASLT_WORKSPACE_SIZE=0 in the environment a step's name says
+embedded; "+fp8": with FP8 attention. With CUBLASLT_WORKSPACE_SIZE=0 in the environment a step's name says
 no_workspace. Rollouts: 512 x 512, 24 of one prompt, 10 steps, log-probs of all. The peer is diffusers' own model with
 the same weights in BF16, called eagerly in the same run; its rollout is its step of 24 times ten. How far our log-probs
 are from the peer's, and our velocities, is in the notes: of random weights, which forgive less than trained ones.
@@ -215,7 +215,7 @@ def measure(quant: str, folder: str, config: dict[str, Any], model: Any, argumen
         if arguments.profile:
             given = inputs(config, 1024, 1)
             profile(lambda: engine.transformer(**given))
-        if not arguments.no_rollout and not attention:  # its kernel takes one sample
+        if not arguments.no_rollout:
             results.append(measure_rollout(engine, name, config, model, theirs.get((512, GROUP))))
         if name == "fp8":
             results += measure_swaps(engine, name, config)

@@ -36,9 +36,9 @@ PEERS = {  # output tokens/s
     ("bf16", 1): (209, f"{SGLANG}, another day"),
     ("bf16", 32): (1500, f"{VLLM}, another day"),
     ("bf16", 256): (6454, f"{VLLM}, another day"),
-    ("fp8_channel", 1): (214, f"{SGLANG}, same hour"),
-    ("fp8_channel", 32): (2243, f"{SGLANG}, same hour"),
-    ("fp8_channel", 256): (10360, f"{VLLM}, another day"),
+    ("fp8_channel", 1): (214, f"{SGLANG}, another day"),
+    ("fp8_channel", 32): (2243, f"{SGLANG}, another day"),
+    ("fp8_channel", 256): (10644, f"{VLLM}, same hour"),
     ("nvfp4_w4a16", 1): (212, f"{VLLM}, same hour"),
     ("nvfp4_w4a16", 32): (2590, f"{VLLM}, same hour"),
     ("nvfp4_w4a16", 256): (10225, f"{VLLM}, same hour"),
@@ -92,8 +92,8 @@ def measure(
         runs.append(batch * arguments.new / seconds)
     best = statistics.median(runs)
     decode = (batch * (arguments.new - 1)) / (batch * arguments.new / best - first)
-    as_peers = arguments.prompt == arguments.new == 512
-    limit = LIMITS.get((quant, batch)) if kv == "auto" and as_peers else None
+    as_peers = arguments.prompt == arguments.new == 512 and kv == "auto"
+    limit = LIMITS.get((quant, batch)) if as_peers else None
     if invariant:
         peer, peer_name = plain[batch], "without batch_invariant, same run"
     else:

@@ -28,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ....quant import UnsupportedError
 from ....quant.gpu.device import on_own_device
 from .. import fp8_attention
 from ..fp8_attention import TILE, AttentionCodes
@@ -251,18 +250,13 @@ def _flash_kernel(
 
 
 def flash_fp8(codes: AttentionCodes) -> Tensor:
-    """-> BF16 joint rows [batch * tokens, num_heads * 128]; `UnsupportedError` for shapes that are not proved."""
-    batch, _, tokens, _ = codes.q.shape
-    if batch > 1 or tokens % TILE:
-        what = f"attention='fp8' of {batch} samples of {tokens} tokens together"
-        proved = f"its kernel is proved for one sample of a multiple of {TILE} tokens, text and image"
-        raise UnsupportedError(what, [proved, "set max_denoise_batch=1, or attention='auto'"])
-    return launch(codes.q, codes)
+    """-> BF16 joint rows [batch * tokens, num_heads * 128]."""
+    return _launch(codes.q, codes)
 
 
 @on_own_device
-def launch(q: Tensor, codes: AttentionCodes) -> Tensor:
-    """Any number of samples and tokens; `q` is that of `codes`."""
+def _launch(q: Tensor, codes: AttentionCodes) -> Tensor:
+    """`q` is that of `codes`."""
     batch, num_heads, tokens, head_dim = q.shape
     assert head_dim == HEAD_DIM
     out = q.new_empty(batch * tokens, num_heads * head_dim, dtype=torch.bfloat16)

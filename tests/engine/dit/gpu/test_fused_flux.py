@@ -124,6 +124,37 @@ def test_fp8_attention_is_fused_as_the_processors_compute_it(config, weights, in
         assert torch.equal(run(transformer, inputs), bf16_heads)
 
 
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the kernel is for Hopper: no CUDA device here")
+def test_the_kernel_of_fp8_attention_serves_the_fused_forward(config: dict[str, Any]):
+    """Two samples, heads of 128, no whole tile of keys."""
+    config = config | {"attention_head_dim": 128, "num_attention_heads": 2, "axes_dims_rope": [16, 56, 56]}
+    torch.manual_seed(0)
+    model: Any = FluxTransformer2DModel.from_config(config).to(DEVICE)
+    weights = {name: (value + 0.1 * torch.randn_like(value)).bfloat16() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    given = {
+        "hidden_states": torch.randn(2, 150, config["in_channels"]),
+        "encoder_hidden_states": torch.randn(2, 33, config["joint_attention_dim"]),
+        "pooled_projections": torch.randn(2, config["pooled_projection_dim"]),
+        "timestep": torch.tensor([0.2, 0.7]),
+    }
+    given = {name: value.bfloat16().to(DEVICE) for name, value in given.items()}
+    given |= {"img_ids": torch.arange(450, device=DEVICE).view(150, 3) % 13.0, "txt_ids": torch.zeros(33, 3).to(DEVICE)}
+    if config["guidance_embeds"]:
+        given["guidance"] = torch.tensor([3.5, 1.0], device=DEVICE)
+    with torch.no_grad():
+        expected = model(**{name: value.float() for name, value in given.items()}, return_dict=False)[0]
+    transformer = make(config, weights, "fp8", attention="fp8")
+    apart = run(transformer, given)
+    transformer.fuse(graphs=True)
+    fused = run(transformer, given)
+    assert transformer.unfused() is None
+    assert distance(fused, expected) < 1.25 * distance(apart, expected)
+    assert 0 < distance(fused, apart) < 1.25 * distance(apart, expected)
+
+
 @pytest.fixture
 def bf16_heads(config, weights, inputs):
     """What the BF16 copy gives where attention is BF16 throughout."""
