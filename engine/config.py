@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 import msgspec
 from msgspec import Struct
 
-from ..quant import Activation, ConfigError, QuantName
+from ..quant import Activation, ConfigError, QuantName, UnsupportedError
 from ..weight_sync import MasterPlace, SwapMode
 
 DTypeName = Literal["bfloat16", "float32"]
@@ -163,6 +163,27 @@ class EngineConfig(Settings, frozen=True):
             "kv_cache_tokens >= 1": self.kv_cache_tokens is None or self.kv_cache_tokens >= 1,
             "0 <= seed < 2**31": 0 <= self.seed < 2**31,
         }
+
+
+LANGUAGE_SETTINGS = (
+    "moe_runner",
+    "max_batch_size",
+    "max_step_tokens",
+    "kv_cache_tokens",
+    "kv_cache_dtype",
+    "prefix_cache",
+    "batch_invariant",
+    "overlap",
+)
+DIFFUSION_SETTINGS = ("dual", "max_denoise_batch", "base", "layout")
+
+
+def check_unchanged(config: EngineConfig, names: Sequence[str], whose: str) -> None:
+    """`UnsupportedError` unless these have their defaults: a choice that nobody would honour."""
+    given = {name: getattr(config, name) for name in names}
+    changed = [f"{name}={value!r}" for name, value in given.items() if value != getattr(EngineConfig(), name)]
+    if changed:
+        raise UnsupportedError(", ".join(changed), [f"these are for {whose}; leave them at their defaults"])
 
 
 LogprobMode = Literal["temperature", "sampled", "raw", "processed"]

@@ -84,7 +84,8 @@ def _rows(
 ) -> Iterator[KernelRow]:
     dtype, invariant = torch.bfloat16, names.batch_invariant
     if isinstance(shape, MoeConfig):
-        taken = select_runner(shape, scheme, capability, names.moe, dtype, batch_invariant=invariant)
+        asked = {"linear_kernel": names.linear, "batch_invariant": invariant}
+        taken = select_runner(shape, scheme, capability, names.moe, dtype, **asked)
         judged, dims = judge_runners(shape, scheme, capability, dtype, batch_invariant=invariant), _dims(shape)
         make = lambda: taken(shape, scheme, capability, dtype, names.linear)  # noqa: E731
     else:

@@ -54,9 +54,8 @@ class RoutedExperts:
         gate, up, down = projections
         self.config, experts = config, range(config.num_experts)
         joined = joined or JoinedLayout()
-        if runner == "auto" and linear_kernel != "auto":
-            runner = "reference"  # the one that is made of linear kernels
-        chosen = select_runner(config, scheme, capability, runner, dtype, batch_invariant=batch_invariant)
+        asked = {"linear_kernel": linear_kernel, "batch_invariant": batch_invariant}
+        chosen = select_runner(config, scheme, capability, runner, dtype, **asked)
         if batch_invariant and chosen is ReferenceRunner:  # it is what its linear kernels are
             for shape in expert_shapes(config):
                 select_kernel(scheme, shape, capability, dtype, linear_kernel, batch_invariant=True)

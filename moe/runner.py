@@ -104,14 +104,18 @@ def select_runner(
     name: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     *,
+    linear_kernel: str = "auto",
     batch_invariant: bool = False,
 ) -> type[MoeRunner]:
     """The first runner that can, or the one that was asked for; every reason if none can.
 
+    A `linear_kernel` by name asks for `reference`, which is made of linear kernels, unless a runner is named, too.
     With `batch_invariant` only those can that give a token the same bits in any company. What was taken, and why
     nothing before it, is logged once.
     """
     known = {runner.name: runner for runner in MOE_RUNNERS}
+    if name == "auto" and linear_kernel != "auto":
+        name = "reference"
     if name not in ("auto", *known):
         raise UnsupportedError(f"MoE runner {name!r} is unknown", [f"known: auto, {', '.join(known)}"])
     passed_over = []

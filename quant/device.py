@@ -10,7 +10,7 @@ from msgspec import Struct
 from .errors import UnsupportedError
 from .flashinfer_api.library import FlashInfer, find_flashinfer
 
-LIBRARIES = ("flashinfer", "sgl_kernel", "triton")
+LIBRARIES = ("flashinfer", "triton")
 
 
 class Capability(Struct, frozen=True):

@@ -15,7 +15,7 @@ from msgspec.structs import asdict, replace
 from torch import Tensor, nn
 
 from ...weight_sync import Source, SyncPlan, UpdateReport, WeightSession
-from ..config import EngineConfig
+from ..config import LANGUAGE_SETTINGS, EngineConfig, check_unchanged
 from ..engine import Engine, SleepTag
 from ..env import read_toggles
 from ..errors import ConfigError, RequestError, UnsupportedError
@@ -374,20 +374,7 @@ class DiffusionEngine(Engine):
             self._pipeline = self._rollouts = None
 
 
-LANGUAGE_SETTINGS = (
-    "moe_runner",
-    "max_batch_size",
-    "max_step_tokens",
-    "kv_cache_tokens",
-    "prefix_cache",
-    "batch_invariant",
-)
-
-
 def _check_diffusion(config: EngineConfig) -> None:
-    given = {name: getattr(config, name) for name in LANGUAGE_SETTINGS}
-    changed = [f"{name}={value!r}" for name, value in given.items() if value != getattr(EngineConfig(), name)]
-    if changed:
-        raise UnsupportedError(", ".join(changed), ["these are for language models; leave them at their defaults"])
+    check_unchanged(config, LANGUAGE_SETTINGS, "language models")
     if config.attention not in ("auto", "fp8"):
         raise UnsupportedError(f"attention={config.attention!r}", ["diffusion transformers know 'auto' and 'fp8'"])

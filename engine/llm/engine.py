@@ -14,7 +14,7 @@ from torch import Tensor
 from ...quant import UnsupportedError
 from ..checkpoint import Checkpoint
 from ..completions import Limits, RequestMaker, each_params, group
-from ..config import EngineConfig, SamplingParams
+from ..config import DIFFUSION_SETTINGS, EngineConfig, SamplingParams, check_unchanged
 from ..engine import Engine, SleepTag
 from ..env import read_toggles
 from ..errors import PausedError, PoisonedError, RequestError
@@ -247,8 +247,7 @@ class LanguageEngine(Engine):
 
 
 def _check_language(config: EngineConfig) -> None:
-    if config.dual is not None or config.layout is not None or config.base is not None:
-        raise UnsupportedError("dual, layout or base", ["these are for diffusion transformers; leave them at None"])
+    check_unchanged(config, DIFFUSION_SETTINGS, "diffusion transformers")
     if config.attention == "fp8":
         raise UnsupportedError("attention='fp8'", ["it is for diffusion transformers; here: auto, torch, flashinfer"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ from rollmill.engine import (
 @pytest.fixture
 def folder(hf_model, save):
     return save(hf_model("mixtral"))
+
+
+@pytest.fixture
+def dit_folder():
+    return Path(__file__).parents[1] / "data" / "dit" / "flux1-bf16"
 
 
 def check_message(error, *words):
@@ -171,6 +177,20 @@ def test_requantizing_a_quantized_checkpoint_is_refused(modelopt_folder):
     with pytest.raises(UnsupportedError) as error:
         Engine(modelopt_folder("qwen3", "fp8"), EngineConfig(quant="nvfp4"))
     check_message(error, "the checkpoint stores fp8", "BF16 checkpoint")
+
+
+@pytest.mark.parametrize("given", [{"max_denoise_batch": 4}, {"dual": "bf16", "base": "pipeline"}], ids=str)
+def test_settings_of_diffusion_transformers_are_refused(folder, given):
+    with pytest.raises(UnsupportedError) as error:
+        Engine(folder, EngineConfig(**given))
+    check_message(error, *(f"{name}={value!r}" for name, value in given.items()), "for diffusion transformers")
+
+
+@pytest.mark.parametrize("given", [{"kv_cache_dtype": "fp8"}, {"overlap": False, "max_batch_size": 4}], ids=str)
+def test_settings_of_language_models_are_refused(dit_folder, given):
+    with pytest.raises(UnsupportedError) as error:
+        Engine(dit_folder, EngineConfig(**given))
+    check_message(error, *(f"{name}={value!r}" for name, value in given.items()), "for language models")
 
 
 def test_partly_kept_shards_are_refused(folder):

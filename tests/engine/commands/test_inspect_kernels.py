@@ -56,6 +56,14 @@ def test_every_scheme_is_served_once_everywhere():
             assert sum(row.verdict == "taken" for row in alike) == 1, (sm, kind)
 
 
+def test_a_linear_kernel_by_name_computes_the_experts_too():
+    found = taken(kernel_table(None, EngineConfig(linear_kernel="exact"), on(90)))
+    assert found["fp8", "per_token", 2] == "exact"
+    assert found["fp8", "per_token", 3] == "reference"
+    both = EngineConfig(linear_kernel="exact", moe_runner="triton")
+    assert taken(kernel_table(None, both, on(90)))["fp8", "per_token", 3] == "triton"
+
+
 def test_a_models_layers(modelopt_folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     folder = str(modelopt_folder("qwen3_moe", "nvfp4"))
