@@ -33,11 +33,11 @@ from rollmill.engine.step_profile import profile_steps
 
 SGLANG, VLLM = "SGLang 0.5.12.post1", "vLLM 0.22.0"
 PEERS = {  # output tokens/s
-    ("bf16", 1): (209, f"{SGLANG}, another day"),
-    ("bf16", 32): (1500, f"{VLLM}, another day"),
-    ("bf16", 256): (6454, f"{VLLM}, another day"),
-    ("fp8_channel", 1): (214, f"{SGLANG}, another day"),
-    ("fp8_channel", 32): (2243, f"{SGLANG}, another day"),
+    ("bf16", 1): (209, f"{SGLANG}, another session"),
+    ("bf16", 32): (1500, f"{VLLM}, another session"),
+    ("bf16", 256): (6454, f"{VLLM}, another session"),
+    ("fp8_channel", 1): (214, f"{SGLANG}, another session"),
+    ("fp8_channel", 32): (2243, f"{SGLANG}, another session"),
     ("fp8_channel", 256): (10644, f"{VLLM}, same hour"),
     ("nvfp4_w4a16", 1): (212, f"{VLLM}, same hour"),
     ("nvfp4_w4a16", 32): (2590, f"{VLLM}, same hour"),

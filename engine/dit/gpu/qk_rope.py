@@ -107,6 +107,7 @@ def _qk_rope_kernel(
             scale = _norm_scale(tl.reshape(text_weight, (1, COLS)), tl.reshape(image_weight, (1, COLS)), factor)
             if tl.program_id(0) + tl.program_id(1) == 0:
                 tl.store(scales_ptr + part + tl.arange(0, 1), scale)
+            # neighbours as they are converted: the assembler loses codes that are put side by side afterwards
             x = tl.reshape(tl.interleave(_rounded(low), _rounded(high)), (HEADS * ROWS, 2 * COLS))
             codes = tl.reshape(fp8_codes(x, scale), (HEADS, ROWS, 2 * COLS))
             col = tl.arange(0, 2 * COLS)[None, None, :]

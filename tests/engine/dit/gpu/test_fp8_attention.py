@@ -78,7 +78,9 @@ def test_codes_are_the_nearest_and_scales_the_least():
         whole = torch.cat([v[0, :, head], v.new_zeros(56, 16)]).float()
         for tile in range(2):
             part = whole[128 * tile : 128 * tile + 128]
-            scale = (part.abs().max() / part.new_tensor(448)).clamp(min=2.0**-126)  # CUDA multiplies by 1 / 448
+            scale = (part.abs().max() / part.new_tensor(448)).clamp(
+                min=2.0**-126
+            )  # by a number CUDA multiplies its inverse
             assert codes.v_scales[0, head, tile] == scale
             places = [i for i in range(256) if 128 * tile <= order[i] < 128 * tile + 128]
             tokens = [order[i] - 128 * tile for i in places]

@@ -91,6 +91,19 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def check_fused(
+    transformer: Transformer, inputs: dict[str, Any], expected: torch.Tensor, *, graphs: bool = False
+) -> torch.Tensor:
+    """Fused it is about as far from float32 as layer by layer, and from itself."""
+    apart = run(transformer, inputs)
+    transformer.fuse(graphs=graphs)
+    fused = run(transformer, inputs)
+    assert transformer.unfused() is None
+    assert distance(fused, expected) < 1.25 * distance(apart, expected)
+    assert 0 < distance(fused, apart) < 1.25 * distance(apart, expected)
+    return fused
+
+
 @pytest.fixture(scope="module")
 def expected(config: dict[str, Any], weights: dict[str, torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
     """What diffusers computes in float32."""
@@ -103,23 +116,14 @@ def expected(config: dict[str, Any], weights: dict[str, torch.Tensor], inputs: d
 @pytest.mark.parametrize("quant", QUANTS)
 def test_fused_is_as_near_to_float32_as_layer_by_layer(quant, config, weights, inputs, expected):
     transformer = make(config, weights, quant)
-    apart = run(transformer, inputs)
-    transformer.fuse(graphs=False)
-    fused = run(transformer, inputs)
-    assert distance(fused, expected) < 1.25 * distance(apart, expected)
-    assert 0 < distance(fused, apart) < 1.25 * distance(apart, expected)
+    fused = check_fused(transformer, inputs, expected)
     assert torch.equal(transformer.module(**inputs).sample.float(), fused)  # as diffusers returns it
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="its kernel is for heads of 128, this model's are 16")
 def test_fp8_attention_is_fused_as_the_processors_compute_it(config, weights, inputs, expected, bf16_heads):
     transformer = make(config, weights, "fp8", attention="fp8", dual="bf16")
-    apart = run(transformer, inputs)
-    transformer.fuse(graphs=False)
-    fused = run(transformer, inputs)
-    assert transformer.unfused() is None
-    assert distance(fused, expected) < 1.25 * distance(apart, expected)
-    assert 0 < distance(fused, apart) < 1.25 * distance(apart, expected)
+    check_fused(transformer, inputs, expected)
     with transformer.switch.at("bf16"):
         assert torch.equal(run(transformer, inputs), bf16_heads)
 
@@ -128,7 +132,7 @@ def test_fp8_attention_is_fused_as_the_processors_compute_it(config, weights, in
 @pytest.mark.sm90
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the kernel is for Hopper: no CUDA device here")
 def test_the_kernel_of_fp8_attention_serves_the_fused_forward(config: dict[str, Any]):
-    """Two samples, heads of 128, no whole tile of keys."""
+    """Two samples, heads of 128, tokens that are no multiple of a tile."""
     config = config | {"attention_head_dim": 128, "num_attention_heads": 2, "axes_dims_rope": [16, 56, 56]}
     torch.manual_seed(0)
     model: Any = FluxTransformer2DModel.from_config(config).to(DEVICE)
@@ -146,13 +150,7 @@ def test_the_kernel_of_fp8_attention_serves_the_fused_forward(config: dict[str, 
         given["guidance"] = torch.tensor([3.5, 1.0], device=DEVICE)
     with torch.no_grad():
         expected = model(**{name: value.float() for name, value in given.items()}, return_dict=False)[0]
-    transformer = make(config, weights, "fp8", attention="fp8")
-    apart = run(transformer, given)
-    transformer.fuse(graphs=True)
-    fused = run(transformer, given)
-    assert transformer.unfused() is None
-    assert distance(fused, expected) < 1.25 * distance(apart, expected)
-    assert 0 < distance(fused, apart) < 1.25 * distance(apart, expected)
+    check_fused(make(config, weights, "fp8", attention="fp8"), given, expected, graphs=True)
 
 
 @pytest.fixture
