@@ -21,6 +21,15 @@ DATA = Path(__file__).parent / "data"
 LLM = DATA / "llm"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs kernels in the interpreter runs them on a GPU where there is one: `-m gpu` means those tests, too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent.name == "gpu" and item.path.stem != "test_compile":  # ahead of time: the same anywhere
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test draws the same numbers on every run, whatever ran before it."""
