@@ -116,7 +116,9 @@ class EngineConfig(Settings, frozen=True):
 
     Language models: `max_batch_size`: sequences that are decoded together; `max_step_tokens`: tokens computed in one
     step, so that long prompts come in chunks; `kv_cache_tokens`: room for keys and values (None: what
-    `max_batch_size` sequences can need, 2 GiB at the most); `kv_cache_dtype`: "fp8" keeps them in E4M3 with the
+    `max_batch_size` sequences can need, 2 GiB at the most); `memory_fraction`, in its place: how much of a GPU's memory
+    may be in use once the engine is open, whoever holds it, with a second copy for `swap="staged"`: keys and values
+    take what is left of that, steps and their buffers the rest; `kv_cache_dtype`: "fp8" keeps them in E4M3 with the
     checkpoint's scales, or 1 where it has none ("auto": as the checkpoint says, else in `dtype`); `prefix_cache`:
     reuse keys and values of equal beginnings; `attention`: "auto" takes FlashInfer's on a GPU that has it, and on
     Hopper a kernel of our own to decode;
@@ -149,6 +151,7 @@ class EngineConfig(Settings, frozen=True):
     cuda_graphs: bool = True
     overlap: bool | None = None
     kv_cache_tokens: int | None = None
+    memory_fraction: float | None = None
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     prefix_cache: bool = True
     dual: Literal["bf16"] | None = None
@@ -160,6 +163,8 @@ class EngineConfig(Settings, frozen=True):
         return {
             "max_denoise_batch >= 1": self.max_denoise_batch >= 1,
             "1 <= max_batch_size <= max_step_tokens": 1 <= self.max_batch_size <= self.max_step_tokens,
+            "0 < memory_fraction < 1": self.memory_fraction is None or 0 < self.memory_fraction < 1,
+            "kv_cache_tokens or memory_fraction": self.kv_cache_tokens is None or self.memory_fraction is None,
             "kv_cache_tokens >= 1": self.kv_cache_tokens is None or self.kv_cache_tokens >= 1,
             "0 <= seed < 2**31": 0 <= self.seed < 2**31,
         }
@@ -170,6 +175,7 @@ LANGUAGE_SETTINGS = (
     "max_batch_size",
     "max_step_tokens",
     "kv_cache_tokens",
+    "memory_fraction",
     "kv_cache_dtype",
     "prefix_cache",
     "batch_invariant",

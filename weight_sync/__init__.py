@@ -13,7 +13,7 @@ from .errors import (
     TransportError,
 )
 from .master import MasterPlace
-from .memory import staging_shortage
+from .memory import free_bytes, staging_bytes, staging_shortage
 from .messages import UpdateReport
 from .plan import SyncPlan, Target
 from .policy import INITIAL_VERSION, Policy
@@ -24,7 +24,6 @@ from .sources.safetensors_files import SafetensorsSource
 from .sources.tensors import TensorSource
 
 __all__ = [
-    "AsleepError",
     "INITIAL_VERSION",
     "AsleepError",
     "CoverageError",
@@ -49,6 +48,8 @@ __all__ = [
     "UpdateReport",
     "WeightSession",
     "WeightSource",
+    "free_bytes",
     "open_source",
+    "staging_bytes",
     "staging_shortage",
 ]

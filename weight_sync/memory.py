@@ -30,17 +30,23 @@ def naming_memory_errors(what: Callable[[], str], served: ServedWeights, mode: s
 
 def staging_shortage(slots: Iterable[WeightSlot], mode: str) -> str | None:
     """What to say if a GPU has no room for a second packed copy, as it is now; None if it has, or needs none."""
-    tensors = [t for slot in slots for t in slot.tensors.values() if t.is_cuda]
-    if mode != "staged" or not tensors:
+    slots = tuple(slots)
+    needed = staging_bytes(slots, mode)
+    if not needed:
         return None
-    packed, free = sum(t.nbytes for t in tensors), free_bytes(tensors[0].device)
-    if packed + STAGED_BACKLOG <= free:
+    free = free_bytes(next(t.device for slot in slots for t in slot.tensors.values()))
+    if needed <= free:
         return None
     return (
-        f"swap='staged' needs {(packed + STAGED_BACKLOG) / GIB:.1f} GiB beside what is held now, {free / GIB:.1f} GiB "
-        "are free: unless memory is given back, swaps will be refused; a smaller KV cache, swap='host' or 'streamed' "
-        "would fit"
+        f"swap='staged' needs {needed / GIB:.1f} GiB beside what is held now, {free / GIB:.1f} GiB are free: unless "
+        "memory is given back, swaps will be refused; a smaller KV cache, swap='host' or 'streamed' would fit"
     )
+
+
+def staging_bytes(slots: Iterable[WeightSlot], mode: str) -> int:
+    """What a swap of all these takes on a GPU beside them: a second packed copy and units that wait, or nothing."""
+    packed = sum(t.nbytes for slot in slots for t in slot.tensors.values() if t.is_cuda)
+    return packed + STAGED_BACKLOG if mode == "staged" and packed else 0
 
 
 def free_bytes(device: torch.device) -> int:

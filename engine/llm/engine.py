@@ -30,16 +30,14 @@ from ..sync_plan import make_sync_plan
 from ..types import Completion, StreamChunk
 from .attention import WholeSequences
 from .decoder import Decoder
-from .forward import cache_dtype, takes_fixed_attention
-from .kv_cache import KVCache
+from .forward import takes_fixed_attention
+from .kv_room import num_pages
 from .layers.attention import KVScales
 from .models import find_family
 from .page_pool import PAGE_SIZE
 from .parts import Parts
 from .request import Request
 from .rollouts import PauseMode, Rollouts
-
-KV_CACHE_BYTES = 2 << 30  # the most that the KV cache takes unasked
 
 
 class LanguageEngine(Engine):
@@ -64,12 +62,12 @@ class LanguageEngine(Engine):
         self.device = self.model.device
         plan = make_sync_plan(self.model, resolver.plan.kv_cache)
         self._load(plan, checkpoint.source, warnings, powers_of_two(self.config.max_step_tokens))
-        num_pages = _num_pages(self.model, self.config)
-        self.rollouts = Rollouts(self.model, self._policy, num_pages, self.config)
+        pages = num_pages(self.model, self.config, plan.slots)
+        self.rollouts = Rollouts(self.model, self._policy, pages, self.config)
         self._policy.commit_gate = self.rollouts.visit
         self._policy.on_flip.append(self.rollouts.weights_changed)
         self._warn_of_shortage()
-        limits = Limits(self._decoder_config.vocab_size, self._decoder_config.max_position, (num_pages - 1) * PAGE_SIZE)
+        limits = Limits(self._decoder_config.vocab_size, self._decoder_config.max_position, (pages - 1) * PAGE_SIZE)
         self._maker = RequestMaker(self.tokenizer, checkpoint.eos_token_ids(), limits, self.config.seed << 32)
 
     def _kv_scales(self, stored: str | None) -> KVScales | None:
@@ -250,14 +248,3 @@ def _check_language(config: EngineConfig) -> None:
     check_unchanged(config, DIFFUSION_SETTINGS, "diffusion transformers")
     if config.attention == "fp8":
         raise UnsupportedError("attention='fp8'", ["it is for diffusion transformers; here: auto, torch, flashinfer"])
-
-
-def _num_pages(model: Decoder, config: EngineConfig) -> int:
-    """Pages of the KV cache, and one that pads."""
-    tokens = config.kv_cache_tokens
-    if tokens is None:
-        wanted = config.max_batch_size * model.config.max_position
-        dtype = cache_dtype(model, config)
-        per_token = KVCache.bytes_per_token(model.attention_specs, model.routing, dtype)
-        tokens = min(wanted, KV_CACHE_BYTES // per_token)
-    return -(-tokens // PAGE_SIZE) + 1
