@@ -132,6 +132,7 @@ def under_load(
     name: str, engine: Any, sender: LayerSender, known: list[list[int]], limit: float, arguments: argparse.Namespace
 ) -> list[Result]:
     """The same swaps while sequences are generated: packed bytes must be those of the swaps alone."""
+    during = "a swap and its mirror" if engine.config.swap == "host" else "a swap"
     generation, times, gaps, counts = Generation(engine, arguments.generate), [], [], []
     try:
         generation.start()
@@ -150,13 +151,12 @@ def under_load(
             counts.append(len(found))
             assert bytes_of(engine) == expected, "a swap under load gave other bytes"
             print(
-                f"  under load: {seconds * 1e3:.0f} ms in all, {len(found)} steps until it is mirrored, longest gap "
+                f"  under load: {seconds * 1e3:.0f} ms in all, {len(found)} steps during {during}, longest gap "
                 f"{max(found) * 1e3:.0f}, median {statistics.median(found) * 1e3:.0f}, quiet {quiet * 1e3:.0f}",
                 flush=True,
             )
     finally:
         generation.stop()
-    during = "a swap and its mirror" if engine.config.swap == "host" else "a swap"
     note = (
         f"{len(times)} swaps while {arguments.generate} sequences are generated, {statistics.median(counts):.0f} steps "
         f"during {during} (median), a step takes {quiet * 1e3:.0f} ms without one; bytes as without a generation, no "

@@ -34,7 +34,7 @@ def staging_shortage(slots: Iterable[WeightSlot], mode: str) -> str | None:
     needed = staging_bytes(slots, mode)
     if not needed:
         return None
-    free = free_bytes(next(t.device for slot in slots for t in slot.tensors.values()))
+    free = free_bytes(next(t.device for slot in slots for t in slot.tensors.values() if t.is_cuda))
     if needed <= free:
         return None
     return (

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import triton
-from ahead_of_time import disassembled, needs
+from ahead_of_time import check_packing, disassembled, needs
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -45,6 +45,7 @@ def compile_flash() -> Any:
 
 if __name__ == "__main__":
     compiled = compile_flash()
+    check_packing(compiled)
     sass = disassembled(compiled, "nvdisasm", "-c")
     counts = {name: len(re.findall(rf"\b{re.escape(name)}", sass)) for name in INSTRUCTIONS}
     print(json.dumps(needs(compiled) | counts))
